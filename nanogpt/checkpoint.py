@@ -1,0 +1,207 @@
+"""The model file and the run folder: what a run leaves, and what it needs to go on.
+
+In: a model, its tokenizer, an optimiser. Out: files that are whole or absent, and the same objects again from them.
+Refuses: pickles, files that were cut short or changed, folders that hold something else.
+
+Model file: `model.safetensors`, the weights, with one JSON object under "nanogpt" in its header: "format_version", "model" (the
+settings), "tokenizer" (a tokenizer.json), "summary" (how training went) and "sha256" (of the tensors, in order of name).
+Run folder: config.toml, text.json, metrics.jsonl, samples.jsonl, model.safetensors (the best by validation loss) and
+state/STEP/ (the last: weights, optimiser, position), where state/latest names the STEP that is valid.
+"""
+
+import errno
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nanogpt.config import ModelConfig
+from nanogpt.errors import UserError
+from nanogpt.files import discard, replacing, write_text
+from nanogpt.model import GPT
+from nanogpt.optim import load_state_tensors, state_tensors
+from nanogpt.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+RUN_FILES = {"config.toml", "text.json", "metrics.jsonl", "samples.jsonl", "model.safetensors", "state"}
+PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is in a model file: the model in evaluation mode, its tokenizer, and the summary of its training."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    summary: dict[str, Any]
+
+
+def save_model(path: Path, model: GPT, tokenizer: Tokenizer, summary: dict[str, Any]) -> None:
+    """Write the one file that is the whole model. The same model gives the same bytes."""
+    about = {
+        "format_version": FORMAT_VERSION,
+        "model": model.config.model_dump(),
+        "tokenizer": tokenizer.to_json(),
+        "summary": summary,
+    }
+    _write_tensors(path, model.state_dict(), about)
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> Parts:
+    """Read a model file, or the one in a run folder.
+
+    Errors: `UserError` for what is missing, cut short, changed since it was written, a pickle, or of a newer version.
+    """
+    file = model_file(Path(path))
+    about, tensors = _read_tensors(file)
+    if about.get("format_version", 0) > FORMAT_VERSION:
+        raise UserError(f"{file} was written by a newer nanogpt (format {about['format_version']}).", "pip install --upgrade nanogpt")
+    try:
+        tokenizer = Tokenizer.from_json(about["tokenizer"])
+        model = empty_model(ModelConfig.model_validate(about["model"]), tokenizer.vocab_size, device)
+        model.load_state_dict(tensors)
+    except (KeyError, RuntimeError, ValidationError) as error:
+        raise UserError(f"{file} does not hold a model that this nanogpt understands: {error}.") from error
+    return Parts(model.eval(), tokenizer, about["summary"])
+
+
+def empty_model(config: ModelConfig, vocab_size: int, device: torch.device | str) -> GPT:
+    """A model whose weights are still to be filled, so that building it draws no random numbers."""
+    with torch.device("meta"):
+        model = GPT(config, vocab_size)
+    return model.to_empty(device=device)
+
+
+def model_file(path: Path) -> Path:
+    """The model file that `path` means: itself, or the one in it. Errors: `UserError` when there is none."""
+    if path.is_dir():
+        if (path / "model.safetensors").is_file():
+            return path / "model.safetensors"
+        there = ", ".join(sorted(file.name for file in path.iterdir())) or "nothing"
+        fix = f"Its training was stopped before the first evaluation: go on with nanogpt train --resume --out {path}" if latest_step(path) else ""
+        raise UserError(f"The folder {path.absolute()} holds no model.safetensors (it holds: {there}).", fix)
+    if not path.is_file():
+        runs = sorted(str(file.parent) for file in path.absolute().parent.glob("*/model.safetensors"))
+        fix = f"Models beside it: {', '.join(runs[:5])}." if runs else "Train one with: nanogpt train TEXT"
+        raise UserError(f"There is no model at {path.absolute()}.", fix)
+    return path
+
+
+def require_run_folder(run: Path, *, resume: bool, overwrite: bool) -> None:
+    """See that a run may write into the folder: an empty one, or one that holds a run to go on with or to replace.
+
+    Errors: `UserError` when it may not, with what is there.
+    """
+    there = {file.name for file in run.iterdir()} if run.is_dir() else {run.name} if run.exists() else set()
+    foreign = sorted(name for name in there if name not in RUN_FILES and not name.endswith(".unfinished"))
+    if foreign:
+        raise UserError(
+            f"{run.absolute()} is not a run of nanogpt: it holds {', '.join(foreign[:5])}. Nothing was touched.",
+            "Choose another folder with --out FOLDER.",
+        )
+    if there and not (resume or overwrite):
+        step = latest_step(run)
+        raise UserError(
+            f"{run.absolute()} already holds a run" + (f", saved at step {step:,}." if step else "."),
+            "Go on with it: --resume. Replace it: --overwrite. Keep it: --out ANOTHER_FOLDER.",
+        )
+
+
+def clear_run_folder(run: Path) -> None:
+    """Remove what an older run, and whatever was killed while it wrote there, left in the folder."""
+    for file in run.iterdir() if run.is_dir() else ():
+        if file.name in RUN_FILES or file.name.endswith(".unfinished"):
+            discard(file)
+
+
+def save_state(run: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, position: dict[str, Any]) -> None:
+    """Write all that the run needs to go on after `step`, make it the latest, and drop the older ones.
+
+    Killed at any moment, the folder still has the state that `latest` names.
+    """
+    states = run / "state"
+    if latest_step(run) == step:
+        return
+    discard(states / str(step))  # a killed process may have come this far, but not to naming it the latest
+    with replacing(states / str(step)) as folder:
+        folder.mkdir()
+        _write_tensors(folder / "weights.safetensors", model.state_dict(), {})
+        _write_tensors(folder / "optimizer.safetensors", state_tensors(model, optimizer), {})
+        (folder / "position.json").write_text(json.dumps(position), encoding="utf-8")
+    write_text(states / "latest", str(step))
+    for other in states.iterdir():
+        if other.name not in ("latest", str(step)):
+            discard(other)
+
+
+def load_state(run: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Fill a model and its optimiser with the latest state; give the position that was saved with it.
+
+    Errors: `UserError` when a file of it is damaged.
+    """
+    folder = run / "state" / str(latest_step(run))
+    model.load_state_dict(_read_tensors(folder / "weights.safetensors")[1])
+    load_state_tensors(model, optimizer, _read_tensors(folder / "optimizer.safetensors")[1])
+    return json.loads((folder / "position.json").read_text(encoding="utf-8"))
+
+
+def latest_step(run: Path) -> int | None:
+    """The step of the state that a run can go on from; None if there is none."""
+    try:
+        step = int((run / "state" / "latest").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return step if (run / "state" / str(step) / "position.json").is_file() else None
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    tensors = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    header = json.dumps(about | {"sha256": _digest(tensors)})
+    with replacing(path) as unfinished:
+        try:
+            save_file(tensors, unfinished, metadata={"nanogpt": header})
+        except SafetensorError as error:  # it wraps the system's error in its own
+            raise OSError(errno.ENOSPC if "No space" in str(error) else errno.EIO, str(error)) from error
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    with path.open("rb") as stream:
+        head = stream.read(8)
+    if path.suffix in PICKLES or head[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
+        raise UserError(
+            f"{path.absolute()} is a pickle. Loading one can run any program that its author put in, so nanogpt never does.",
+            "Give it a model.safetensors or a run folder that nanogpt made.",
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("nanogpt", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, ValueError) as error:
+        raise _damaged(path, f"{path.stat().st_size:,} bytes are there, but they are not a whole safetensors file ({error})") from error
+    if about is None:
+        raise UserError(f"{path.absolute()} is a safetensors file, but none that nanogpt made: its header lacks the model's settings and tokenizer.")
+    if (found := _digest(tensors)) != about["sha256"]:
+        raise _damaged(path, f"the SHA-256 of its tensors is {found[:16]}…, and was {about['sha256'][:16]}… when it was written")
+    return about, tensors
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _damaged(path: Path, how: str) -> UserError:
+    run = next((folder for folder in path.absolute().parents if (folder / "config.toml").is_file()), None)
+    step = latest_step(run) if run and path.name == "model.safetensors" else None
+    fix = f"The state of step {step:,} is there: nanogpt train --resume --out {run} writes the model anew." if step else "Copy it again, or train again."
+    return UserError(f"{path.absolute()} is damaged: {how}.", fix)

@@ -1,0 +1,171 @@
+"""The command line: a table of commands, and how errors look.
+
+In: words. Out: an exit code: 0; 2 for a `UserError`; 130 or 143 after a signal. What a command needs is imported when it is called.
+"""
+
+import json
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+from pydantic import ValidationError
+
+import nanogpt
+from nanogpt.config import Config, MachineConfig, SamplingConfig, explain, flatten
+from nanogpt.errors import Notice, UserError
+
+Settings = Annotated[Config, Parameter(name="*")]
+MachineSettings = Annotated[MachineConfig, Parameter(name="*", group="Machine")]
+SamplingSettings = Annotated[SamplingConfig, Parameter(name="*", group="Sampling")]
+Switch = Annotated[bool, Parameter(negative="")]
+AsJson = Annotated[bool, Parameter(name="--json", negative="")]
+
+app = App(name="nanogpt", version=nanogpt.__version__, help="Train a GPT on your own text, on the machine you have.", exit_on_error=False, print_error=False)
+
+
+@app.command
+def train(
+    *text: str, out: Path | None = None, config: Path | None = None, resume: Switch = False, overwrite: Switch = False, settings: Settings = Config()
+) -> None:
+    """Train a model on a text; watch it learn. Ctrl-C saves and stops.
+
+    Parameters
+    ----------
+    text
+        Files, folders, globs, - for standard input, or a built-in text: python, python-docs, shakespeare.
+    out
+        The run folder. [default: runs/NAME, by the name of the text]
+    config
+        A TOML file of settings, such as the config.toml of another run; flags go before it.
+    resume
+        Go on with the run in the folder, exactly where it was saved; it needs no text.
+    overwrite
+        Replace the run in the folder.
+    """
+    from nanogpt import library, report
+
+    terminal = report.Terminal()
+    if out is None and not text:
+        raise UserError("Which text?", "nanogpt train TEXT, or nanogpt train --resume --out RUN.")
+    run = out or Path("runs") / (Path(text[0]).stem.strip("-*") or "text")
+    try:
+        library.train(text, run, config=config, resume=resume, overwrite=overwrite, on_event=terminal, **flatten(settings, explicit=True))
+    finally:
+        terminal.close()
+
+
+@app.command
+def sample(
+    model: Path, *, prompt: str | None = None, prompt_file: str | None = None, n: int = 1, seed: int | None = None, strict: Switch = False,
+    as_json: AsJson = False, sampling: SamplingSettings = SamplingConfig(), machine: MachineSettings = MachineConfig(),
+) -> None:  # fmt: skip
+    """Let a model write; the text streams as it is made.
+
+    Parameters
+    ----------
+    model
+        A run folder or a model file.
+    prompt
+        What to continue. [default: the beginning of a text]
+    prompt_file
+        A file that holds the prompt; - for standard input.
+    n
+        How many texts.
+    seed
+        Same seed, same text; the second text has the next seed, and so on. [default: a new one each time]
+    strict
+        Stop at characters that the training text did not have.
+    as_json
+        One JSON object instead of text.
+    """
+    from nanogpt import library
+
+    if prompt is not None and prompt_file is not None:
+        raise UserError("Both --prompt and --prompt-file were given.", "Leave one of them out.")
+    if prompt_file is not None:
+        prompt = _read_prompt(prompt_file)
+    loaded = library.load(model, **machine.model_dump(exclude_unset=True))
+    first = library.new_seed() if seed is None else seed
+    options = sampling.model_dump()
+    texts = []
+    for i in range(n):
+        pieces = loaded.stream(prompt, seed=first + i, strict=strict, **options)
+        if as_json:
+            texts.append({"seed": first + i, "text": "".join(pieces)})
+            continue
+        if n > 1:
+            print(f"--- {i + 1} of {n}, seed {first + i} ---")
+        print(prompt or "", end="")
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    if as_json:
+        print(json.dumps({"prompt": prompt or "", "samples": texts}, ensure_ascii=False))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Path, *text: str, context_length: int | None = None, as_json: AsJson = False,
+    machine: MachineSettings = MachineConfig(),
+) -> None:  # fmt: skip
+    """Measure a model on a text, beside what mere counting reaches.
+
+    Parameters
+    ----------
+    model
+        A run folder or a model file.
+    text
+        What to measure it on. [default: the validation split of its own run]
+    context_length
+        Look back on fewer tokens than the model can.
+    as_json
+        One JSON object instead of a table.
+    """
+    from nanogpt import library, report
+
+    result = library.load(model, **machine.model_dump(exclude_unset=True)).evaluate(*text, context_length=context_length)
+    if as_json:
+        numbers = {"val_loss": result.val_loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens, "baselines": result.baselines}
+        print(json.dumps(numbers | {"verdict": result.verdict.asdict() if result.verdict else None}))
+    else:
+        report.show_evaluation(result, result.baselines, result.verdict, str(model))
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run a command and leave with its exit code."""
+    warnings.showwarning = _show_warning
+    warnings.simplefilter("always", Notice)
+    for stream in (sys.stdout, sys.stderr):  # a Windows console may know fewer characters than the text
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if hasattr(signal, "SIGPIPE"):  # `nanogpt sample … | head` ends quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        app(words)
+    except CycloptsError as error:
+        cause = error.__cause__ or error.__context__
+        _fail("\n".join(explain(cause)) if isinstance(cause, ValidationError) else str(error))
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _read_prompt(name: str) -> str:
+    """The text of a file, or of standard input for "-"; the line end that an editor puts behind the last line is not part of it."""
+    from nanogpt.corpus import expand
+
+    return "".join(chunk for document in expand([name]) for chunk in document.chunks()).removesuffix("\n")
+
+
+def _fail(message: str) -> None:
+    print(f"nanogpt: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:  # type: ignore[no-untyped-def]
+    """A Notice as a sentence; other warnings as Python shows them."""
+    text = f"nanogpt: {message}\n" if issubclass(category, Notice) else warnings.formatwarning(message, category, filename, lineno, line)
+    sys.stderr.write(text)

@@ -1,0 +1,198 @@
+"""Every setting of Nano-GPT, once: type, default, help and limits.
+
+In: settings by name, from a TOML file, from flags or from Python. Out: a frozen `Config`.
+Refuses: unknown names, values out of range and settings that contradict each other, all in one `UserError`.
+
+The classes below are read by everyone: the command line makes its flags and its help from them, TOML files and model
+files are written from them. The defaults are the seed's recipe. Names are unique across the sections, so settings
+travel as one flat dictionary until `resolve` makes the `Config`. Nothing here imports torch.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tomli_w
+from cyclopts import Parameter
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nanogpt.errors import UserError
+
+
+class Section(BaseModel):
+    """A named group of settings, frozen; the docstring under a field is its help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+class ModelConfig(Section):
+    """The shape of the network."""
+
+    n_layer: Annotated[int, Field(ge=1)] = 6
+    """Blocks of attention and feed-forward, one after another."""
+    n_head: Annotated[int, Field(ge=1)] = 6
+    """Attention heads in a block; must divide n_embd."""
+    n_embd: Annotated[int, Field(ge=1)] = 384
+    """Width: channels of the vector that stands for a token."""
+    context_length: Annotated[int, Field(ge=1)] = 256
+    """Tokens the model looks back on."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of activations zeroed in training, against overfitting (in steps of 1/256)."""
+
+
+class TextConfig(Section):
+    """How text becomes tokens, and what is held out."""
+
+    tokenizer: Literal["char"] = "char"
+    """What a token is: a character."""
+    encoding: str | None = None
+    """Encoding of the text files. [default: UTF-8, or UTF-16 where its mark is found]"""
+    val: str | None = None
+    """A file or folder to validate on. [default: the last tenth of the text, or a tenth of many files]"""
+    val_bytes: Annotated[int, Field(ge=1)] = 1_000_000
+    """The most that is held out of the text for validation, in bytes."""
+
+
+class TrainingConfig(Section):
+    """How the model learns."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Windows of text in one step."""
+    steps: Annotated[int, Field(ge=1)] = 5000
+    """Updates of the weights."""
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """Highest learning rate; after the warm-up it falls to a tenth along a cosine."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps over which the learning rate rises to its highest."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """AdamW's pull of the matrices towards zero."""
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    """Longest gradient that is applied whole; 0 is off."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1337
+    """Fixes the first weights, the order of the text, dropout and samples."""
+    eval_every: Annotated[int, Field(ge=1)] = 250
+    """Steps between evaluations; each also prints a sample and saves."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Stop after so many evaluations without a better one; 0 is off."""
+
+
+class MachineConfig(Section):
+    """What it runs on."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto takes a GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the matrix products; auto is bfloat16 on GPUs made for it, else float32."""
+    threads: Annotated[int | None, Field(ge=1)] = None
+    """CPU threads. [default: one per core]"""
+
+
+class Config(Section):
+    """All the settings of a run."""
+
+    model: Annotated[ModelConfig, Parameter(name="*", group="Model")] = ModelConfig()
+    text: Annotated[TextConfig, Parameter(name="*", group="Text")] = TextConfig()
+    training: Annotated[TrainingConfig, Parameter(name="*", group="Training")] = TrainingConfig()
+    machine: Annotated[MachineConfig, Parameter(name="*", group="Machine")] = MachineConfig()
+
+
+class SamplingConfig(Section):
+    """How text is drawn from a model."""
+
+    max_tokens: Annotated[int, Field(ge=0)] = 500
+    """The most tokens to make; a model of many documents may end one sooner."""
+    temperature: Annotated[float, Field(ge=0)] = 0.8
+    """Below 1 plays it safe, above 1 is bold, 0 always takes the likeliest token."""
+    top_k: Annotated[int | None, Field(ge=1)] = None
+    """Draw from so many of the likeliest tokens. [default: all]"""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Draw from tokens at least this share as likely as the likeliest."""
+    stop: tuple[str, ...] = ()
+    """End before this text; may be given more than once."""
+
+
+SECTION_OF = {name: section for section, field in Config.model_fields.items() for name in field.annotation.model_fields}  # type: ignore[union-attr]
+
+
+def resolve(settings: dict[str, Any]) -> Config:
+    """Make the whole configuration of the settings that were given by name; all others get their defaults.
+
+    Errors: `UserError` with every problem found: unknown names, wrong types, values out of range, contradictions.
+    """
+    nested: dict[str, dict[str, Any]] = {section: {} for section in Config.model_fields}
+    for name, value in settings.items():
+        if name in SECTION_OF:
+            nested[SECTION_OF[name]][name] = value
+    return _checked(Config, nested, settings, SECTION_OF, _contradictions)
+
+
+def resolve_sampling(settings: dict[str, Any]) -> SamplingConfig:
+    """The same for the settings of sampling."""
+    known = {name: value for name, value in settings.items() if name in SamplingConfig.model_fields}
+    return _checked(SamplingConfig, known, settings, SamplingConfig.model_fields, lambda config: [])
+
+
+def _checked(
+    kind: type[AnySection], content: dict[str, Any], given: Iterable[str], known: Collection[str], contradictions: Callable[[AnySection], list[str]]
+) -> AnySection:
+    problems = [_unknown(name, known) for name in given if name not in known]
+    try:
+        config = kind.model_validate(content)
+        problems += contradictions(config)
+    except ValidationError as error:
+        problems += explain(error)
+    if problems:
+        raise UserError("\n".join(problems), "`nanogpt train --help` and `nanogpt sample --help` list every setting with its default.")
+    return config
+
+
+def explain(error: ValidationError) -> list[str]:
+    """Say what pydantic found in one line per problem: the setting, the value, the limit."""
+    return [f"{problem['loc'][-1]} = {problem['input']!r}: {problem['msg'].lower()}." for problem in error.errors()]
+
+
+def flatten(config: BaseModel, *, explicit: bool = False) -> dict[str, Any]:
+    """The settings by name; with `explicit`, only those that somebody gave a value."""
+    sections = config.model_dump(exclude_unset=explicit)
+    return {name: value for section in sections.values() for name, value in section.items()}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file, by name; they may stand in their sections or at the top.
+
+    Errors: `UserError` when the file is missing or is not TOML.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"The settings in {path.absolute()} cannot be read: {error}.") from error
+    settings: dict[str, Any] = {}
+    for key, value in document.items():
+        settings |= value if key in Config.model_fields and isinstance(value, dict) else {key: value}
+    return settings
+
+
+def to_toml(config: Config) -> str:
+    """The whole configuration as TOML, which `--config` reads back. (TOML has no null: what is None is left out.)"""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
+
+
+def _unknown(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"There is no setting {name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+
+
+def _contradictions(config: Config) -> list[str]:
+    n_embd, n_head = config.model.n_embd, config.model.n_head
+    if n_embd % n_head == 0:
+        return []
+    below, above = n_embd // n_head * n_head, -(-n_embd // n_head) * n_head
+    nearest = min((width for width in (below, above) if width), key=lambda width: abs(width - n_embd))
+    return [f"n_embd = {n_embd} cannot be shared among n_head = {n_head} heads. The nearest width is --n-embd {nearest}."]

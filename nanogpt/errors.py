@@ -1,0 +1,19 @@
+"""The two things Nano-GPT says to a person rather than to a program.
+
+In: a sentence with the numbers in it, and the command that mends it. Out: an exception or a warning that `cli.py` prints as it stands.
+"""
+
+
+class UserError(Exception):
+    """A person asked for something that cannot be done. It reaches the terminal without a traceback, with exit code 2.
+
+    `what` says what happened, with the numbers; `fix` is what to do about it, best of all one command.
+    A broken promise between two functions is no UserError but an `assert`.
+    """
+
+    def __init__(self, what: str, fix: str = ""):
+        super().__init__(f"{what}\n{fix}" if fix else what)
+
+
+class Notice(UserWarning):
+    """Something a person should know although the work goes on: given to `warnings.warn`, so that a program can silence it."""

@@ -1,0 +1,177 @@
+"""How good a model is, in numbers that can be compared: loss over a whole split, bits per byte, and what mere counting reaches.
+
+In: a model and held-out tokens, or a history of losses. Out: sums that are divided once, baselines, and a verdict in words.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from nanogpt.machine import Machine
+from nanogpt.model import GPT
+
+NGRAM_TOKENS = 10_000_000  # baselines are counted on at most so many tokens of the training split,
+NGRAM_CHUNK = 1_000_000  # and in pieces of so many, which bounds the memory
+BATCH_TOKENS = 8192  # in one forward pass of an evaluation: more is no faster and takes more memory
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Cross-entropy over some text: the sum, in nats, over `tokens` predicted tokens, which stand for `bytes` bytes of UTF-8."""
+
+    nats: float
+    tokens: int
+    bytes: float
+
+    @property
+    def val_loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per byte of text, the only one of these numbers that is fair between tokenizers."""
+        return self.nats / math.log(2) / self.bytes
+
+
+@torch.inference_mode()
+def evaluate(model: GPT, tokens: np.ndarray, n_bytes: int, machine: Machine, context_length: int | None = None, limit: int | None = None) -> Loss:
+    """The loss over all of `tokens` (N,), N >= 2, in non-overlapping windows of `context_length` (the model's own, if not given).
+
+    Every token but the first is predicted once, from those before it in its window. `n_bytes` is the size of the text. With
+    `limit`, only so many tokens are predicted, in whole windows spread evenly over the split, always the same ones.
+    """
+    T = context_length or model.config.context_length
+    starts = np.arange(0, len(tokens) - 1, T)
+    if limit is not None and limit < len(tokens) - 1:
+        whole = starts[starts + T < len(tokens)]
+        starts = whole[np.linspace(0, len(whole) - 1, max(1, limit // T)).round().astype(int)]
+    rows = max(1, BATCH_TOKENS // T)
+    nats, count = 0.0, 0
+    full = [start for start in starts if start + T < len(tokens)]
+    groups = [full[i : i + rows] for i in range(0, len(full), rows)] + [[start] for start in starts if start + T >= len(tokens)]
+    for group in groups:
+        windows = np.stack([tokens[start : start + T + 1] for start in group]).astype(np.int64)
+        block = torch.from_numpy(windows).to(machine.device)  # (B, T + 1)
+        with machine.autocast():
+            nats += model.nats(block[:, :-1], block[:, 1:]).item()
+        count += block[:, 1:].numel()
+    return Loss(nats, count, n_bytes * count / len(tokens))
+
+
+def ngram_losses(train: np.ndarray, val: np.ndarray) -> dict[str, float]:
+    """What counting reaches: nats per token of `val` (N,) under uniform, unigram, bigram and trigram models of `train` (M,).
+
+    Smoothing is Witten and Bell's (1991; Chen and Goodman 1998, section 2.5): a context seen c times with u different
+    successors trusts its own counts with c / (c + u) and the shorter context with the rest. "uniform" spreads evenly
+    over the tokens that occur. Counted on the first `NGRAM_TOKENS` of `train`.
+    """
+    train = train[:NGRAM_TOKENS]
+    alphabet = np.unique(np.concatenate([np.unique(piece) for piece in (*_pieces(train, 1), val)]))
+    val, size = np.searchsorted(alphabet, val), len(alphabet)
+    losses = {"uniform": math.log(size)}
+    p = np.full(len(val), 1 / size)  # of every token of val, under the shorter context
+    for order, name in enumerate(("unigram", "bigram", "trigram"), start=1):
+        if len(train) < order or len(val) <= order:
+            break
+        distinct, counts = np.empty(0, np.int64), np.empty(0, np.int64)
+        for piece in _pieces(train, order):
+            new, more = np.unique(_windows(np.searchsorted(alphabet, piece), order, size), return_counts=True)
+            distinct, place = np.unique(np.concatenate([distinct, new]), return_inverse=True)
+            counts = np.bincount(place, weights=np.concatenate([counts, more])).astype(np.int64)
+        contexts, first = np.unique(distinct // size, return_index=True)  # distinct is sorted, so successors lie together
+        uses, successors = np.add.reduceat(counts, first), np.diff(np.append(first, len(distinct)))
+        seen = _windows(val, order, size)
+        c, u = _lookup(contexts, uses, seen // size), _lookup(contexts, successors, seen // size)
+        own = _lookup(distinct, counts, seen)
+        p = p.copy()
+        tail = p[order - 1 :]
+        p[order - 1 :] = np.where(c > 0, (own + u * tail) / np.maximum(c + u, 1), tail)
+        losses[name] = float(-np.log(p[1:]).mean())
+    return losses
+
+
+def _pieces(tokens: np.ndarray, order: int) -> list[np.ndarray]:
+    """The tokens cut so that every run of `order` of them lies whole in exactly one piece."""
+    return [tokens[i : i + NGRAM_CHUNK + order - 1] for i in range(0, len(tokens) - order + 1, NGRAM_CHUNK)]
+
+
+def _windows(tokens: np.ndarray, order: int, size: int) -> np.ndarray:
+    """Each run of `order` tokens as one number in base `size`."""
+    number = np.zeros(len(tokens) - order + 1, np.int64)
+    for i in range(order):
+        number = number * size + tokens[i : len(tokens) - order + 1 + i]
+    return number
+
+
+def _lookup(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The value of each wanted key; 0 where there is none. `keys` is sorted."""
+    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[at] == wanted, values[at], 0)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation during a run: the step, the mean training loss since the last one, and the validation loss."""
+
+    step: int
+    train_loss: float
+    val_loss: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a run went: "undertrained", "healthy" or "overfitted", and a plain sentence that says why."""
+
+    kind: str
+    sentence: str
+
+    def asdict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def verdict(history: Sequence[Point], baselines: dict[str, float]) -> Verdict:
+    """Judge a run by its evaluations.
+
+    Overfitted: the last validation loss is at least 1 % above the best, and training went on falling. Undertrained: by the trend over the
+    second half (the loss as a straight line in the logarithm of the step), doubling the steps would win another 1 %, or
+    the trigram baseline is not beaten yet. Healthy: neither.
+    """
+    last, best = history[-1], min(history, key=lambda point: point.val_loss)
+    if last.val_loss > 1.01 * best.val_loss and last.train_loss < best.train_loss:
+        return Verdict(
+            "overfitted",
+            f"Overfitted: since step {best.step:,} it gets better only at the text it trains on (validation {best.val_loss:.3f} there, "
+            f"{last.val_loss:.3f} at the end). The model of step {best.step:,} is what was kept; more text, more dropout or a smaller model would help.",
+        )
+    gain = _gain_of_doubling(history)
+    counting = baselines.get("trigram", math.inf)
+    behind = best.val_loss > counting
+    if gain > 0.01 * last.val_loss or behind:
+        steps = 2 * last.step if not behind else max(2 * last.step, _steps_to(counting, history))
+        falling = f"validation still falls (about {gain:.2f} more for twice the steps)"
+        so_far = f"it is still behind the trigram baseline ({counting:.3f})" if behind else falling
+        return Verdict("undertrained", f"Undertrained: {so_far}. Train at least {steps / last.step:.0f} times as long: --steps {steps}.")
+    return Verdict("healthy", f"Healthy: validation has levelled off at {best.val_loss:.3f} without overfitting; a larger model or more text comes next.")
+
+
+def _gain_of_doubling(history: Sequence[Point]) -> float:
+    """Nats that validation would fall if the steps were doubled, by the trend over the second half of the run."""
+    half = [point for point in history if point.step >= history[-1].step / 2]
+    if len(half) < 2:
+        half = list(history[-2:])
+    if len(half) < 2:
+        return math.inf
+    slope = np.polyfit([math.log(point.step) for point in half], [point.val_loss for point in half], 1)[0]
+    return float(-slope * math.log(2))
+
+
+def _steps_to(loss: float, history: Sequence[Point]) -> int:
+    """Steps until the trend reaches `loss`, at most a hundred times those made, rounded to two digits."""
+    gain, last = _gain_of_doubling(history), history[-1]
+    doublings = (last.val_loss - loss) / gain if 0 < gain < math.inf else 1.0
+    steps = last.step * 2 ** min(doublings, math.log2(100))
+    return int(float(f"{steps:.1e}"))

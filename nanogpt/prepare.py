@@ -1,0 +1,197 @@
+"""Text to token files, read twice and never held whole: once for its alphabet and its fingerprint, once to write it down.
+
+In: documents and the `[text]` settings. Out: `Prepared`: the tokenizer, two mapped token files and what is known of the text, in
+a folder of the cache that is named by the content, so that the same text is never encoded twice.
+Refuses: a text with too little to train on or to validate on.
+
+Split: one text gives its last tenth, in one piece; many give whole documents, taken in the order of their names' hashes while
+they fit into a tenth, or the last tenth of all, where no such choice comes near it; never more than `val_bytes`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from nanogpt.config import TextConfig
+from nanogpt.corpus import BUILT_IN, CHUNK, Document, expand
+from nanogpt.data import open_tokens, token_dtype
+from nanogpt.errors import UserError
+from nanogpt.evaluate import ngram_losses
+from nanogpt.files import cache_dir, replacing, require_space
+from nanogpt.tokenizer import Tokenizer, train_tokenizer
+
+VERSION = 1  # of the prepared files: part of their name
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A text as tokens.
+
+    `about` is what text.json holds: "fingerprint", "sources", "documents", "train_bytes", "val_bytes", "symbols" (different tokens in the training
+    split), "train_tokens", "val_tokens", "split" (in words), "baselines" (nats per token, see `evaluate.ngram_losses`), "unused" (tokens the training split
+    lacks, as [first, behind the last] pairs) and "folder" (where the tokens are).
+    """
+
+    tokenizer: Tokenizer
+    train: np.ndarray
+    val: np.ndarray
+    about: dict[str, Any]
+
+
+def prepare(sources: Sequence[str], settings: TextConfig) -> Prepared:
+    """Make the tokens of a text, or find them made.
+
+    Errors: `UserError` when a source is not there or not text, when the text is too short, or when the disk is full.
+    """
+    documents, validation = expand(sources, settings.encoding), expand([settings.val] if settings.val else [], settings.encoding)
+    scan = _Scan(documents)
+    tokenizer = train_tokenizer(settings.tokenizer, scan)
+    held_out = _Scan(validation)
+    for _ in held_out:
+        pass
+    key = [VERSION, scan.fingerprint, held_out.fingerprint, settings.tokenizer, settings.val_bytes]
+    folder = cache_dir() / "tokens" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
+    if not (folder / "about.json").is_file():
+        tokens = sum(scan.sizes) + sum(held_out.sizes)  # a token is a byte of the text or more of it
+        require_space(folder, tokens * token_dtype(tokenizer.vocab_size).itemsize)
+        with replacing(folder) as unfinished:
+            unfinished.mkdir()
+            _write(unfinished, scan, held_out, tokenizer, settings.val_bytes)
+    prepared = open_prepared(folder)
+    return replace(prepared, about=prepared.about | {"sources": [_findable(source) for source in sources]})
+
+
+def _findable(source: str) -> str:
+    """A source's name that means the same from every folder."""
+    return source if source == "-" or (source in BUILT_IN and not Path(source).exists()) else str(Path(source).absolute())
+
+
+def open_prepared(folder: Path) -> Prepared:
+    """Open what `prepare` wrote. Errors: `UserError` when it is no longer there."""
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        train, val = (open_tokens(folder / f"{split}.bin", tokenizer.vocab_size) for split in ("train", "val"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"The prepared text is no longer in {folder} ({error}).", "Name the text again, and it is prepared again.") from error
+    return Prepared(tokenizer, train, val, about | {"folder": str(folder)})
+
+
+class _Scan:
+    """The first reading: yields the text in pieces, and knows its fingerprint and sizes when it is through."""
+
+    def __init__(self, documents: list[Document]):
+        self.documents = documents
+        self.sizes: list[int] = []  # bytes of UTF-8, a document each
+
+    def __iter__(self) -> Iterator[str]:
+        digest = hashlib.sha256()
+        for document in self.documents:
+            size = 0
+            for chunk in document.chunks():
+                utf8 = chunk.encode()
+                digest.update(utf8)
+                size += len(utf8)
+                yield chunk
+            self.sizes.append(size)
+            if len(self.documents) > 1:  # names decide the split; a lone text may be called anything
+                digest.update(f"\0{document.name}\0{size}".encode())
+        self.fingerprint = digest.hexdigest()
+
+
+def _write(folder: Path, scan: _Scan, held_out: _Scan, tokenizer: Tokenizer, val_bytes: int) -> None:
+    """The second reading: token files, tokenizer and about.json, into a folder that exists."""
+    total = sum(scan.sizes)
+    room = min(total - total * 9 // 10, val_bytes)
+    chosen = _choose(scan, room) if len(scan.documents) > 1 and not held_out.documents else set()
+    if held_out.documents:
+        cut, split = total, "validated on the text given with --val"
+    elif chosen:
+        cut, split = total, f"{len(chosen)} of {len(scan.documents)} documents, chosen by a hash of their names, are held out"
+    else:
+        cut, split = total - room, f"the last {room:,} of {total:,} bytes are held out"
+    dtype, done = token_dtype(tokenizer.vocab_size), 0
+    with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
+        for i, document in enumerate(scan.documents):
+            ends = len(scan.documents) > 1
+            if i in chosen:
+                _encode(document, tokenizer, dtype, [(val, scan.sizes[i])], ends)
+            else:
+                here = min(max(cut - done, 0), scan.sizes[i])
+                _encode(document, tokenizer, dtype, [(train, here), (val, scan.sizes[i] - here)], ends)
+            done += scan.sizes[i]
+        for size, document in zip(held_out.sizes, held_out.documents, strict=True):
+            _encode(document, tokenizer, dtype, [(val, size)], len(held_out.documents) > 1)
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8", newline="")
+    mapped = [_mapped(folder / f"{name}.bin", tokenizer.vocab_size) for name in ("train", "val")]
+    counts = [_count(tokens, tokenizer.vocab_size) for tokens in mapped]
+    _require_enough(*counts)
+    lengths = np.array([len(spelled) for spelled in tokenizer.token_bytes])
+    lengths[tokenizer.end] = 0  # it stands for no text
+    about = {
+        "fingerprint": scan.fingerprint, "documents": len(scan.documents), "split": split,
+        "train_bytes": int(counts[0] @ lengths), "val_bytes": int(counts[1] @ lengths),
+        "symbols": int(np.count_nonzero(counts[0])), "train_tokens": len(mapped[0]), "val_tokens": len(mapped[1]),
+        "baselines": ngram_losses(*mapped), "unused": _ranges(counts[0] == 0),
+    }  # fmt: skip
+    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def _choose(scan: _Scan, room: int) -> set[int]:
+    """Whole documents for validation, in the order of their names' hashes, as many as fit into `room` bytes; none if that is not half of it."""
+    by_hash = sorted(range(len(scan.documents)), key=lambda i: hashlib.sha256(scan.documents[i].name.encode()).digest())
+    chosen, size = set(), 0
+    for i in by_hash:
+        if 0 < scan.sizes[i] <= room - size:
+            chosen.add(i)
+            size += scan.sizes[i]
+    return chosen if size >= room / 2 else set()
+
+
+def _encode(document: Document, tokenizer: Tokenizer, dtype: np.dtype, parts: list[tuple[BinaryIO, int]], ends: bool) -> None:
+    """Write a document's tokens: the first bytes of it to the first file, and so on; then the token that ends a document."""
+    parts = [part for part in parts if part[1] > 0] or parts[:1]
+    (file, left), *rest = parts
+    for chunk in document.chunks():
+        while rest and len(utf8 := chunk.encode()) >= left:
+            head = utf8[:left].decode(errors="ignore")  # a character that the cut would split goes to the next file
+            tokenizer.encode_array(head).astype(dtype).tofile(file)
+            chunk = chunk[len(head) :]
+            (file, left), *rest = rest
+        tokenizer.encode_array(chunk).astype(dtype).tofile(file)
+        left -= len(chunk.encode())
+    if ends:
+        np.array([tokenizer.end], dtype).tofile(file)
+
+
+def _mapped(path: Path, vocab_size: int) -> np.ndarray:
+    """The tokens of a file, which may be empty, though an empty file cannot be mapped."""
+    return open_tokens(path, vocab_size) if path.stat().st_size else np.empty(0, token_dtype(vocab_size))
+
+
+def _count(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """(V,) how often each token occurs."""
+    pieces = (tokens[i : i + CHUNK] for i in range(0, len(tokens), CHUNK))
+    return sum((np.bincount(piece, minlength=vocab_size) for piece in pieces), np.zeros(vocab_size, np.int64))
+
+
+def _ranges(mask: np.ndarray) -> list[tuple[int, int]]:
+    """Where a (V,) mask is true, as [first, behind the last] pairs."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _require_enough(train: np.ndarray, val: np.ndarray) -> None:
+    """Refuse what cannot be learned from, by the number of each token in both splits."""
+    if train.sum() < 2 or val.sum() < 2:
+        raise UserError(
+            f"The text is too short: {train.sum()} tokens to train on and {val.sum()} to validate on; at least 2 of each are needed.",
+            "Give it a longer text (twenty characters can be trained on, some thousands are worth it).",
+        )
+    if np.count_nonzero(train) < 2:
+        raise UserError(f"The {train.sum():,} tokens to train on are all the same symbol: there is nothing to learn.", "Give it another text.")
