@@ -60,9 +60,9 @@ class Dropout(nn.Module):
 
 
 def _mix32(x: Tensor) -> Tensor:
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * (0x846CA68B - (1 << 32))
-    return x ^ (x >> 16)
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D  # the masks make torch's shift, which copies the sign, a logical one
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - (1 << 32))
+    return x ^ ((x >> 16) & 0xFFFF)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,49 @@
+"""What tests share: a cache of their own, tiny models, and a text that can be learned from."""
+
+import random
+
+import pytest
+import torch
+
+from nanogpt import checkpoint
+from nanogpt.config import MachineConfig, ModelConfig
+from nanogpt.machine import choose
+
+TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 16, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 5}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def place():
+    return choose(MachineConfig(device="cpu", dtype="float32"))
+
+
+@pytest.fixture
+def make_model():
+    """Build a small model with weights large enough that attention and norms matter."""
+
+    def make(vocab_size=11, seed=0, scale=5.0, **settings):
+        model = checkpoint.empty_model(ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 8, "dropout": 0.0} | settings), vocab_size, "cpu")
+        generator = torch.Generator().manual_seed(seed)
+        model.init_weights(generator)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(scale if parameter.dim() == 2 else 1.0).add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    return make
+
+
+@pytest.fixture
+def story(tmp_path):
+    """A file of simple sentences, some 4,000 characters."""
+    words = random.Random(0)
+    sentence = "The {} {} the {} in the {}.\n"
+    lines = [sentence.format(*(words.choice(w) for w in (("cat", "dog", "fox"), ("saw", "met"), ("bird", "mouse"), ("barn", "yard", "wood")))) for _ in range(120)]
+    path = tmp_path / "story.txt"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path

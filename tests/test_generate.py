@@ -1,0 +1,128 @@
+"""Sampling draws what it should, a cache changes nothing, and a stream is whole characters that end where they should."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanogpt import generate
+from nanogpt.config import SamplingConfig
+from nanogpt.errors import Notice, UserError
+from nanogpt.tokenizer import train_tokenizer
+
+LOGITS = torch.tensor([2.0, 1.0, 1.0, 1.0, -1.0])
+
+
+def kept(logits):
+    return torch.isfinite(logits).nonzero().flatten().tolist()
+
+
+def test_top_k_cuts_ties_by_index():
+    assert kept(generate.top_k(LOGITS, 2)) == [0, 1]
+    assert kept(generate.top_k(LOGITS, 99)) == [0, 1, 2, 3, 4]
+
+
+def test_top_p_keeps_the_smallest_nucleus():
+    p = LOGITS.softmax(0)
+    assert kept(generate.top_p(LOGITS, 1e-9)) == [0]
+    assert kept(generate.top_p(LOGITS, float(p[0]) + 1e-4)) == [0, 1]
+    assert kept(generate.top_p(LOGITS, 1.0)) == [0, 1, 2, 3, 4]
+
+
+def test_min_p_is_relative_to_the_likeliest():
+    assert kept(generate.min_p(LOGITS, 0.3)) == [0, 1, 2, 3]
+    assert kept(generate.min_p(LOGITS, 1.0)) == [0]
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    generator, settings = torch.Generator().manual_seed(0), SamplingConfig(temperature=0.5)
+    drawn = torch.tensor([generate.pick(LOGITS, settings, generator) for _ in range(4000)]).bincount(minlength=5) / 4000
+    torch.testing.assert_close(drawn, (LOGITS / 0.5).softmax(0), atol=0.03, rtol=0)
+
+
+def test_zero_temperature_takes_the_likeliest():
+    assert generate.pick(LOGITS, SamplingConfig(temperature=0), torch.Generator()) == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("context_length", [1, 2, 7, 8])
+@pytest.mark.parametrize("prompt", [[3], [1, 2, 3], list(range(10)) * 2])
+def test_cached_equals_uncached_also_past_the_window(make_model, place, seed, context_length, prompt):
+    model, settings = make_model(context_length=context_length), SamplingConfig(max_tokens=40, temperature=1.0)
+    cached = list(generate.tokens(model, prompt, settings, seed, place))
+    assert cached == list(generate.tokens(model, prompt, settings, seed, place, cached=False))
+    assert len(cached) == 40
+
+
+def test_same_seed_same_tokens_and_other_seed_others(make_model, place):
+    model, settings = make_model(scale=1.0), SamplingConfig(max_tokens=30)
+    first, again, other = (list(generate.tokens(model, [1], settings, seed, place)) for seed in (7, 7, 8))
+    assert first == again != other
+
+
+def test_unused_tokens_are_never_drawn(make_model, place):
+    drawn = generate.tokens(make_model(scale=0.1), [1], SamplingConfig(max_tokens=200, temperature=9.0), 0, place, unused=[(0, 4), (5, 10)])
+    assert set(drawn) == {4, 10}
+
+
+def test_the_caller_s_own_random_numbers_are_left_alone(make_model, place):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    list(generate.tokens(make_model(), [1], SamplingConfig(max_tokens=5), 0, place))
+    assert torch.equal(torch.rand(3), expected)
+
+
+TOKENIZER = train_tokenizer("char", ["abcde \n"])
+
+
+def stream(string, stop=()):
+    return list(generate.text(TOKENIZER, TOKENIZER.encode(string), stop))
+
+
+def test_a_piece_never_splits_a_character():
+    assert stream("a🙂日b") == ["a", "🙂", "日", "b"]
+    assert list(generate.text(TOKENIZER, TOKENIZER.encode("a🙂")[:-1])) == ["a", "\ufffd"]
+
+
+def test_text_ends_with_its_document():
+    ids = [*TOKENIZER.encode("ab"), TOKENIZER.end, *TOKENIZER.encode("cd")]
+    assert "".join(generate.text(TOKENIZER, ids)) == "ab"
+
+
+def test_stop_strings_across_tokens_are_held_back_and_left_out():
+    assert stream("abcde", ["cd"]) == ["a", "b"]
+    assert "".join(stream("abcabd", ["abd", "zz"])) == "abc"
+    assert "".join(stream("ababc", ["abc"])) == "ab"
+    assert "".join(stream("abc", ["cd"])) == "abc"
+
+
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+def test_text_ends_before_the_first_stop_string(string, stop):
+    ends = [at for s in stop if (at := string.find(s)) >= 0]
+    got = "".join(stream(string, stop))
+    if not ends:
+        assert got == string
+    else:  # the string that is complete first wins
+        first = min(string.find(s) + len(s) for s in stop if s in string)
+        assert got == string[: min(at for s in stop if (at := string[:first].find(s)) >= 0)]
+
+
+def test_unknown_characters_are_named_and_strict_refuses_them():
+    with pytest.warns(Notice, match=r"'日' \(U\+65E5\) at position 1"):
+        ids = generate.encode_prompt(TOKENIZER, "a日", [], 100)
+    assert TOKENIZER.decode(ids) == "a日"
+    with pytest.raises(UserError, match=r"U\+65E5"):
+        generate.encode_prompt(TOKENIZER, "a日", [], 100, strict=True)
+
+
+def test_a_long_prompt_says_what_counts():
+    with pytest.warns(Notice, match="20 tokens.*looks back on 10.*last 5"):
+        generate.encode_prompt(TOKENIZER, "ab" * 10, [], 10)
+
+
+def test_without_a_prompt_text_begins_after_the_end_of_another_or_a_line_end():
+    assert generate.encode_prompt(TOKENIZER, None, [], 10) == [TOKENIZER.end]
+    assert TOKENIZER.decode(generate.encode_prompt(TOKENIZER, None, [(TOKENIZER.end, TOKENIZER.end + 1)], 10)) == "\n"
+    with pytest.warns(Notice, match="empty"):
+        generate.encode_prompt(TOKENIZER, "", [], 10)

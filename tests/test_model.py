@@ -1,0 +1,140 @@
+"""The network computes what it says: GPT-2's function, gradients included, cached or not; and dropout by key."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from nanogpt.model import GPT, Dropout, KVCache
+
+
+def own_name(theirs: str) -> str:
+    """Our name for one of transformers' parameters."""
+    name = theirs.removeprefix("transformer.").replace("h.", "blocks.", 1)
+    return name.replace("c_attn", "qkv").replace("c_proj", "proj").replace("c_fc", "fc")
+
+
+def as_theirs(name: str, ours: torch.Tensor) -> torch.Tensor:
+    """transformers' GPT-2 keeps the matrices of its linear layers transposed."""
+    return ours.T if "c_" in name and ours.dim() == 2 else ours
+
+
+def gpt2_like(model: GPT) -> GPT2LMHeadModel:
+    """transformers' GPT-2 with the weights of a model."""
+    c = model.config
+    shape = {"vocab_size": model.vocab_size, "n_positions": c.context_length, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
+    peer = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).eval()
+    ours = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in peer.named_parameters():
+            parameter.copy_(as_theirs(name, ours.pop(own_name(name))))
+    assert not ours
+    return peer
+
+
+@pytest.mark.parametrize(("n_layer", "n_head", "n_embd"), [(1, 1, 4), (2, 2, 16), (3, 4, 24)])
+def test_logits_and_gradients_equal_those_of_transformers(make_model, n_layer, n_head, n_embd):
+    model = make_model(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    peer = gpt2_like(model)
+    idx = torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(1))
+    targets = idx.roll(-1, dims=1)
+    theirs = peer(idx).logits
+    torch.testing.assert_close(model(idx), theirs, atol=1e-5, rtol=1e-5)
+    model.nats(idx, targets).backward()
+    F.cross_entropy(theirs.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+    ours = dict(model.named_parameters())
+    for name, parameter in peer.named_parameters():
+        expected, got = parameter.grad, as_theirs(name, ours[own_name(name)].grad)
+        torch.testing.assert_close(got, expected, atol=1e-5 * max(1.0, expected.abs().max().item()), rtol=1e-5)
+
+
+def test_a_token_changes_nothing_before_it(make_model):
+    model = make_model()
+    idx = torch.randint(11, (1, 8), generator=torch.Generator().manual_seed(1))
+    other = idx.clone()
+    other[0, 5] = (other[0, 5] + 1) % 11
+    before, after = model(idx), model(other)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.allclose(before[:, 5:], after[:, 5:])
+
+
+@pytest.mark.parametrize("pieces", [[8], [1] * 8, [3, 1, 4], [5, 3]])
+def test_reading_in_pieces_through_the_cache_gives_the_same_logits(make_model, pieces):
+    model = make_model()
+    idx = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(1))
+    cache = KVCache(model.config, 2, torch.device("cpu"), torch.float32)
+    got = torch.cat([model(piece, cache=cache) for piece in idx.split(pieces, dim=1)], dim=1)
+    torch.testing.assert_close(got, model(idx), atol=1e-5, rtol=1e-5)
+    with pytest.raises(AssertionError, match="context"):
+        model(idx[:, :1], cache=cache)
+
+
+def test_next_logits_are_the_last_ones(make_model):
+    model = make_model()
+    idx = torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model.next_logits(idx), model(idx)[:, -1])
+
+
+def test_the_loss_of_first_weights_is_that_of_chance(make_model):
+    model = make_model(vocab_size=50)
+    model.init_weights(torch.Generator().manual_seed(0))
+    idx = torch.randint(50, (8, 8), generator=torch.Generator().manual_seed(1))
+    assert model.nats(idx, idx.roll(1, 1)).item() / 64 == pytest.approx(torch.tensor(50.0).log().item(), abs=0.05)
+
+
+def test_the_head_is_the_embedding_and_no_parameter_is_left_out(make_model):
+    model = make_model()
+    C, V, T, layers = 16, 11, 8, 2
+    assert sum(p.numel() for p in model.parameters()) == V * C + T * C + layers * (12 * C * C + 13 * C) + 2 * C
+
+
+KEYS = torch.tensor([3, -70_000, 2**31 - 1, 12345], dtype=torch.int32)
+
+
+def test_dropout_zeroes_its_share_and_keeps_the_mean():
+    x = torch.ones(4, 64, 100)
+    y = Dropout(0.2, place=1)(x, KEYS)
+    assert (y == 0).float().mean().item() == pytest.approx(51 / 256, abs=0.01)
+    assert y.mean().item() == pytest.approx(1.0, abs=0.01)
+    assert y.unique().numel() == 2
+
+
+@pytest.mark.parametrize("shape", [(4, 7, 9), (4, 2, 5, 5), (4, 1, 3)])
+def test_the_mask_of_a_row_depends_on_its_key_alone(shape):
+    drop, x = Dropout(0.5, place=2), torch.ones(shape)
+    whole = drop(x, KEYS)
+    for row in range(4):
+        assert torch.equal(drop(x[row : row + 1], KEYS[row : row + 1]), whole[row : row + 1])
+
+
+def test_masks_of_rows_places_and_neighbours_are_unrelated():
+    x = torch.ones(4, 4096)
+    here, there = (Dropout(0.5, place=place)(x, KEYS) > 0 for place in (1, 2))
+    for a, b in ((here, there), (here[0], here[1]), (here[:, 1:], here[:, :-1]), (here[:, 4:], here[:, :-4])):
+        assert (a == b).float().mean().item() == pytest.approx(0.5, abs=0.04)
+
+
+def test_without_keys_or_without_a_rate_nothing_is_dropped(make_model):
+    x = torch.randn(4, 5, 6)
+    assert Dropout(0.5, place=0)(x, None) is x
+    assert Dropout(0.0, place=0)(x, KEYS) is x
+
+
+def test_dropout_acts_on_embedding_attention_and_both_branches(make_model):
+    model = make_model(dropout=0.5)
+    idx = torch.randint(11, (4, 8), generator=torch.Generator().manual_seed(1))
+    plain, dropped = model(idx), model(idx, KEYS)
+    assert not torch.allclose(plain, dropped)
+    assert torch.equal(dropped, model(idx, KEYS))
+    torch.testing.assert_close(model(idx[1:2], KEYS[1:2]), dropped[1:2])
+    places = [module.place for module in model.modules() if isinstance(module, Dropout)]
+    assert sorted(places) == list(range(1 + 3 * 2))
+
+
+def test_attention_by_its_probabilities_equals_fused_attention(make_model, monkeypatch):
+    model, idx = make_model(), torch.randint(11, (4, 8), generator=torch.Generator().manual_seed(1))
+    fused = model(idx)
+    for block in model.blocks:
+        block.attn.dropout.zeros = 1
+        monkeypatch.setattr(block.attn.dropout, "forward", lambda probabilities, keys: probabilities)
+    torch.testing.assert_close(model(idx, KEYS), fused, atol=1e-5, rtol=1e-5)
