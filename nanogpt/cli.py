@@ -21,6 +21,7 @@ Settings = Annotated[Config, Parameter(name="*")]
 MachineSettings = Annotated[MachineConfig, Parameter(name="*", group="Machine")]
 SamplingSettings = Annotated[SamplingConfig, Parameter(name="*", group="Sampling")]
 Switch = Annotated[bool, Parameter(negative="")]
+Words = Annotated[str, Parameter(allow_leading_hyphen=True)]  # which may begin with a dash
 AsJson = Annotated[bool, Parameter(name="--json", negative="")]
 
 app = App(name="nanogpt", version=nanogpt.__version__, help="Train a GPT on your own text, on the machine you have.", exit_on_error=False, print_error=False)
@@ -59,7 +60,7 @@ def train(
 
 @app.command
 def sample(
-    model: Path, *, prompt: str | None = None, prompt_file: str | None = None, n: int = 1, seed: int | None = None, strict: Switch = False,
+    model: Path, /, *, prompt: Words | None = None, prompt_file: Words | None = None, n: int = 1, seed: int | None = None, strict: Switch = False,
     as_json: AsJson = False, sampling: SamplingSettings = SamplingConfig(), machine: MachineSettings = MachineConfig(),
 ) -> None:  # fmt: skip
     """Let a model write; the text streams as it is made.
@@ -89,6 +90,8 @@ def sample(
         prompt = _read_prompt(prompt_file)
     loaded = library.load(model, **machine.model_dump(exclude_unset=True))
     first = library.new_seed() if seed is None else seed
+    if seed is None and not as_json:
+        print(f"--seed {first}", file=sys.stderr)
     options = sampling.model_dump()
     texts = []
     for i in range(n):
@@ -108,7 +111,7 @@ def sample(
 
 @app.command(name="eval")
 def evaluate(
-    model: Path, *text: str, context_length: int | None = None, as_json: AsJson = False,
+    model: Path, /, *text: str, context_length: int | None = None, as_json: AsJson = False,
     machine: MachineSettings = MachineConfig(),
 ) -> None:  # fmt: skip
     """Measure a model on a text, beside what mere counting reaches.
@@ -143,7 +146,7 @@ def main(words: list[str] | None = None) -> None:
     if hasattr(signal, "SIGPIPE"):  # `nanogpt sample … | head` ends quietly
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
-        app(words)
+        app(_dash_last(sys.argv[1:] if words is None else words))
     except CycloptsError as error:
         cause = error.__cause__ or error.__context__
         _fail("\n".join(explain(cause)) if isinstance(cause, ValidationError) else str(error))
@@ -151,6 +154,14 @@ def main(words: list[str] | None = None) -> None:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _dash_last(words: list[str]) -> list[str]:
+    """Put a lone "-", standard input, behind "--", where cyclopts takes it for a text and not for an option."""
+    dashes = [i for i, word in enumerate(words) if word == "-" and words[i - 1] not in ("--prompt", "--prompt-file", "--stop")]
+    if not dashes or "--" in words:
+        return words
+    return [word for i, word in enumerate(words) if i not in dashes] + ["--", "-"]
 
 
 def _read_prompt(name: str) -> str:

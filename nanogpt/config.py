@@ -114,7 +114,7 @@ class SamplingConfig(Section):
     """Draw from the likeliest tokens that together have this probability."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Draw from tokens at least this share as likely as the likeliest."""
-    stop: tuple[str, ...] = ()
+    stop: Annotated[tuple[str, ...], Parameter(negative="", allow_leading_hyphen=True)] = ()
     """End before this text; may be given more than once."""
 
 

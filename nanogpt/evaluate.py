@@ -46,14 +46,13 @@ def evaluate(model: GPT, tokens: np.ndarray, n_bytes: int, machine: Machine, con
     """
     T = context_length or model.config.context_length
     starts = np.arange(0, len(tokens) - 1, T)
-    if limit is not None and limit < len(tokens) - 1:
-        whole = starts[starts + T < len(tokens)]
+    whole = starts[starts + T < len(tokens)]
+    if limit is not None and limit // T < len(whole):
         starts = whole[np.linspace(0, len(whole) - 1, max(1, limit // T)).round().astype(int)]
     rows = max(1, BATCH_TOKENS // T)
     nats, count = 0.0, 0
-    full = [start for start in starts if start + T < len(tokens)]
-    groups = [full[i : i + rows] for i in range(0, len(full), rows)] + [[start] for start in starts if start + T >= len(tokens)]
-    for group in groups:
+    full, short = starts[starts + T < len(tokens)], starts[starts + T >= len(tokens)]
+    for group in (*(full[i : i + rows] for i in range(0, len(full), rows)), *short.reshape(-1, 1)):
         windows = np.stack([tokens[start : start + T + 1] for start in group]).astype(np.int64)
         block = torch.from_numpy(windows).to(machine.device)  # (B, T + 1)
         with machine.autocast():

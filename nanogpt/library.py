@@ -45,11 +45,10 @@ class Evaluation(Loss):
 class Model:
     """A trained model: what `train` and `load` give."""
 
-    def __init__(self, parts: checkpoint.Parts, place: machine.Machine, path: Path):
-        self._model, self.tokenizer, self.summary, self._machine, self._path = parts.model, parts.tokenizer, parts.summary, place, path
-
-    tokenizer: Tokenizer
-    summary: dict[str, Any]
+    def __init__(self, parts: checkpoint.Parts, place: machine.Machine, path: Path, prepared: Prepared | None = None):
+        self._model, self._machine, self._path, self._text = parts.model, place, path, prepared
+        self.tokenizer: Tokenizer = parts.tokenizer
+        self.summary: dict[str, Any] = parts.summary
 
     def stream(self, prompt: str | None = None, *, seed: int | None = None, strict: bool = False, **sampling: Any) -> Iterator[str]:
         """Pieces of text that continue `prompt`, as they are made; together at most `max_tokens` tokens.
@@ -71,7 +70,7 @@ class Model:
         own = self._model.config.context_length
         if context_length is not None and not 1 <= context_length <= own:
             raise UserError(f"The model looks back on at most {own} tokens, not {context_length}.", f"Use --context-length {own} or less.")
-        prepared = self._prepared()
+        prepared = self._text or self._find_text()
         if text:
             tokens, n_bytes = self._encode([os.fspath(path) for path in text])
             baselines = ngram_losses(prepared.train, tokens) if prepared else {}
@@ -91,7 +90,7 @@ class Model:
         with self._machine.autocast():
             return self._model(torch.tensor(ids, device=self._machine.device)).float().cpu().numpy()
 
-    def _prepared(self) -> Prepared | None:
+    def _find_text(self) -> Prepared | None:
         """The text the model was trained on, made again from its sources if need be; None where nothing is known of it."""
         run = self._path if self._path.is_dir() else self._path.parent
         if not (run / "text.json").is_file():
@@ -162,7 +161,7 @@ def train(
             on_event(event)
         if isinstance(event, Interrupted):
             raise KeyboardInterrupt if asked[0] == signal.SIGINT else SystemExit(128 + asked[0])
-        return Model(checkpoint.load(run, place.device), place, run)
+        return Model(checkpoint.load(run, place.device), place, run, prepared)
 
 
 def new_seed() -> int:

@@ -26,7 +26,8 @@ from nanogpt.prepare import Prepared
 from nanogpt.report import Evaluated, Event, Finished, Interrupted, Sampled, Saved, Stepped
 
 SAMPLE = SamplingConfig(max_tokens=200)
-EVALUATION_SHARE, EVALUATIONS_SHARE = 0.02, 0.1  # of the run's arithmetic may go into one evaluation, and into all
+EVALUATION_SHARE, EVALUATIONS_SHARE = 0.02, 0.1  # of the run's arithmetic may go into one evaluation, and into all,
+FEWEST_TOKENS = 8192  # except that fewer tokens tell nothing
 
 
 @dataclass
@@ -158,7 +159,7 @@ class Trainer:
         settings = self.settings
         share = min(EVALUATION_SHARE, EVALUATIONS_SHARE / math.ceil(settings.steps / settings.eval_every))
         tokens = 3 * share * settings.steps * settings.batch_size * self.model.config.context_length
-        return int(tokens) if tokens < len(self.text.val) else None
+        return max(int(tokens), FEWEST_TOKENS) if tokens < len(self.text.val) else None
 
     def out_of_patience(self) -> bool:
         best = self.position.best

@@ -27,7 +27,8 @@ def make_model():
     """Build a small model with weights large enough that attention and norms matter."""
 
     def make(vocab_size=11, seed=0, scale=5.0, **settings):
-        model = checkpoint.empty_model(ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 8, "dropout": 0.0} | settings), vocab_size, "cpu")
+        shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 8, "dropout": 0.0} | settings
+        model = checkpoint.empty_model(ModelConfig(**shape), vocab_size, "cpu")
         generator = torch.Generator().manual_seed(seed)
         model.init_weights(generator)
         with torch.no_grad():
@@ -41,9 +42,9 @@ def make_model():
 @pytest.fixture
 def story(tmp_path):
     """A file of simple sentences, some 4,000 characters."""
-    words = random.Random(0)
-    sentence = "The {} {} the {} in the {}.\n"
-    lines = [sentence.format(*(words.choice(w) for w in (("cat", "dog", "fox"), ("saw", "met"), ("bird", "mouse"), ("barn", "yard", "wood")))) for _ in range(120)]
+    chance = random.Random(0)
+    words = (("cat", "dog", "fox"), ("saw", "met"), ("bird", "mouse"), ("barn", "yard", "wood"))
+    lines = ["The {} {} the {} in the {}.\n".format(*map(chance.choice, words)) for _ in range(120)]
     path = tmp_path / "story.txt"
     path.write_text("".join(lines), encoding="utf-8")
     return path

@@ -99,13 +99,9 @@ def test_stop_strings_across_tokens_are_held_back_and_left_out():
 
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
 def test_text_ends_before_the_first_stop_string(string, stop):
-    ends = [at for s in stop if (at := string.find(s)) >= 0]
-    got = "".join(stream(string, stop))
-    if not ends:
-        assert got == string
-    else:  # the string that is complete first wins
-        first = min(string.find(s) + len(s) for s in stop if s in string)
-        assert got == string[: min(at for s in stop if (at := string[:first].find(s)) >= 0)]
+    complete = min((string.find(s) + len(s) for s in stop if s in string), default=len(string))  # the string that is complete first wins
+    read = string[:complete]
+    assert "".join(stream(string, stop)) == read[: min((read.find(s) for s in stop if s in read), default=len(read))]
 
 
 def test_unknown_characters_are_named_and_strict_refuses_them():

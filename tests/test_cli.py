@@ -1,0 +1,174 @@
+"""The command line: its surface is frozen here, and whatever a person gets wrong is answered in words, with exit code 2."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import TINY
+
+import nanogpt
+from nanogpt import cli
+
+SURFACE = {
+    "train": "--batch-size --config --context-length --device --dropout --dtype --encoding --eval-every --grad-clip --learning-rate --n-embd --n-head "
+    "--n-layer --out --overwrite --patience --resume --seed --steps --threads --tokenizer --val --val-bytes --warmup-steps --weight-decay",
+    "sample": "--device --dtype --json --max-tokens --min-p --n --prompt --prompt-file --seed --stop --strict --temperature --threads --top-k --top-p",
+    "eval": "--context-length --device --dtype --json --threads",
+}
+SMALL = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | {"steps": 4, "eval_every": 2, "dropout": 0}).items()]
+
+
+def run(*words):
+    """What a command leaves: exit code, and (through capsys) what it printed."""
+    try:
+        cli.main([str(word) for word in words])
+    except SystemExit as leave:
+        return leave.code or 0
+    return 0
+
+
+@pytest.fixture
+def trained(story, tmp_path):
+    nanogpt.train(story, tmp_path / "run", **TINY | {"steps": 4, "eval_every": 2, "dropout": 0.0})
+    return tmp_path / "run"
+
+
+def test_the_surface_is_what_it_was():
+    commands = {name: app for name, app in cli.app.resolved_commands().items() if not name.startswith("-")}
+    assert set(commands) == set(SURFACE)
+    for name, command in commands.items():
+        options = {option for argument in command.assemble_argument_collection() for option in argument.names if option.startswith("--")}
+        assert " ".join(sorted(options)) == SURFACE[name]
+
+
+def test_train_prints_plain_lines_without_a_terminal(story, tmp_path, capsys):
+    assert run("train", story, "--out", tmp_path / "run", *SMALL) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    for expected in ("held out", "M parameters", "step 2/4", "val ", "bits/byte", "trigram baseline", "this model (step", "nanogpt sample"):
+        assert expected in out
+
+
+def test_sample_streams_the_prompt_and_what_follows(trained, tmp_path, capsys):
+    assert run("sample", trained, "--prompt", "The cat", "--seed", 3, "--max-tokens", 20) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("The cat")
+    assert len(first) == len("The cat") + 20 + 1
+    (tmp_path / "prompt.txt").write_text("The cat\n")
+    assert run("sample", trained / "model.safetensors", "--prompt-file", tmp_path / "prompt.txt", "--seed", 3, "--max-tokens", 20) == 0
+    assert capsys.readouterr().out == first
+    assert run("sample", trained, "--prompt", "The cat", "--seed", 2, "--max-tokens", 20, "--n", 2) == 0
+    assert "--- 2 of 2, seed 3 ---\n" + first in capsys.readouterr().out
+
+
+def test_sample_json_is_one_object(trained, capsys):
+    assert run("sample", trained, "--json", "--n", 2, "--seed", 5, "--max-tokens", 10) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [sample["seed"] for sample in answer["samples"]] == [5, 6]
+    assert all(len(sample["text"]) == 10 for sample in answer["samples"])
+
+
+def test_sample_says_its_seed_when_nobody_chose_one(trained, capsys):
+    assert run("sample", trained, "--max-tokens", 5) == 0
+    assert "seed" in capsys.readouterr().err
+
+
+def test_eval_prints_a_table_or_json(trained, story, capsys):
+    assert run("eval", trained) == 0
+    table = capsys.readouterr().out
+    assert table.index("uniform baseline") < table.index("trigram baseline")
+    assert run("eval", trained, story, "--json", "--context-length", 8) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["val_loss"] > 0
+    assert answer["bits_per_byte"] > 0
+
+
+MISTAKES = {
+    "wrong path": (["stroy.txt"], ["There is no file", "stroy.txt", "story.txt"]),
+    "no text": (["--out", "run"], ["no text to train on"]),
+    "empty folder": (["empty"], ["There is no text file in the folder"]),
+    "binary file": (["binary.dat"], ["binary file"]),
+    "pdf": (["paper.pdf"], ["PDF", "Convert it to plain text"]),
+    "not utf-8": (["latin.txt"], ["byte 0xe9 at offset 12, line 2", "--encoding cp1252"]),
+    "too short": (["short.txt"], ["too short", "1 to validate on"]),
+    "one symbol": (["same.txt"], ["all the same symbol"]),
+    "context too long": (["story.txt", "--context-length", "100000"], ["A context of 100000 tokens", "at most"]),
+    "heads do not divide": (["story.txt", "--n-embd", "100", "--n-head", "3"], ["n_embd = 100", "n_head = 3", "--n-embd 99"]),
+    "misspelt flag": (["story.txt", "--n-layers", "3"], ["Did you mean --n-layer?"]),
+    "misspelt command": (None, ["Did you mean", "train"]),
+    "wrong type": (["story.txt", "--steps", "many"], ["steps", "'many'"]),
+    "out of range, twice": (["story.txt", "--steps", "0", "--dropout", "1.5"], ["steps = '0'", "dropout = '1.5'"]),
+    "misspelt TOML key": (["story.txt", "--config", "misspelt.toml"], ["'n_layres'", "Did you mean 'n_layer'?"]),
+    "not TOML": (["story.txt", "--config", "broken.toml"], ["cannot be read"]),
+    "no such TOML": (["story.txt", "--config", "absent.toml"], ["absent.toml", "cannot be read"]),
+    "cuda without a GPU": (["story.txt", "--device", "cuda"], ["--device cuda is not to be had", "It can use: cpu"]),
+    "occupied folder": (["story.txt", "--out", "occupied"], ["not a run of nanogpt", "thesis.tex"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_answered_in_words_and_leave_no_trace(mistake, story, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "occupied").mkdir()
+    for name, content in {
+        "binary.dat": b"\x01\x00\x02\x00\x00" * 9, "paper.pdf": b"%PDF-1.7\n", "latin.txt": "one line\ncaf\xe9 au lait".encode("latin-1"),
+        "short.txt": b"hello", "same.txt": b"a" * 400, "misspelt.toml": b"[model]\nn_layres = 3\n", "broken.toml": b"[model\n", "occupied/thesis.tex": b"",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+    before = sorted(tmp_path.rglob("*"))
+    words, expected = MISTAKES[mistake]
+    assert run(*(["train", *words] if words is not None else ["trian"])) == 2
+    message = capsys.readouterr().err
+    for part in expected:
+        assert part in message
+    assert "Traceback" not in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_flags_go_before_toml_before_defaults(story, tmp_path):
+    (tmp_path / "settings.toml").write_text("n_layer = 1\n[model]\nn_embd = 8\nn_head = 2\n[training]\nsteps = 3\nbatch_size = 2\n")
+    out = tmp_path / "run"
+    assert run("train", story, "--config", tmp_path / "settings.toml", "--out", out, "--n-embd", 12) == 0
+    settings = (out / "config.toml").read_text()
+    for expected in ("n_layer = 1\n", "n_embd = 12\n", "n_head = 2\n", "steps = 3\n", "learning_rate = 0.0003\n", "context_length = 256\n"):
+        assert expected in settings
+    assert run("train", story, "--config", out / "config.toml", "--out", tmp_path / "again") == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_unknown_characters_of_a_prompt(trained, capsys):
+    assert run("sample", trained, "--prompt", "日🙂", "--max-tokens", 3) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("日🙂")
+    assert "'日' (U+65E5) at position 0, '🙂' (U+1F642) at position 1" in captured.err
+    assert run("sample", trained, "--prompt", "日🙂", "--strict") == 2
+    assert run("sample", trained, "--prompt", "ok \udc80") == 2
+    assert "surrogate" in capsys.readouterr().err
+
+
+def test_a_damaged_model_points_at_the_state_that_is_there(trained, capsys):
+    path = trained / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert run("sample", trained) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert run("sample", trained / "nothing") == 2
+
+
+def test_a_full_disk_is_said_before_step_one(story, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nanogpt.files.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    assert run("train", story, "--out", tmp_path / "run", *SMALL) == 2
+    message = capsys.readouterr().err
+    assert "disk is full" in message
+    assert "are needed" in message
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
+def test_installed_command_reads_a_text_from_a_pipe_and_its_reader_may_leave(story, tmp_path):
+    command = [sys.executable, "-m", "nanogpt"]
+    subprocess.run([*command, "train", "-", "--out", tmp_path / "run", *SMALL], stdin=story.open("rb"), stdout=subprocess.DEVNULL, check=True)
+    pipe = subprocess.run(f"'{sys.executable}' -m nanogpt sample '{tmp_path / 'run'}' --max-tokens 300 | head -c 20", shell=True, capture_output=True)
+    assert len(pipe.stdout) == 20
+    assert b"Traceback" not in pipe.stderr

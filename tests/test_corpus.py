@@ -1,0 +1,361 @@
+"""Text comes in whole and unchanged, wherever it lies, and what is not text says what it is and how to mend it."""
+
+import codecs
+import hashlib
+import io
+import sys
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import URLError
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanogpt import corpus
+from nanogpt.corpus import Document, expand
+from nanogpt.errors import Notice, UserError
+from nanogpt.files import cache_dir
+
+FRENCH = "Longtemps, je me suis couché de bonne heure. Parfois, à peine ma bougie éteinte, mes yeux se fermaient. "
+RUSSIAN = "Все счастливые семьи похожи друг на друга, каждая несчастливая семья несчастлива по-своему. "
+JAPANESE = "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。何でも薄暗いじめじめした所で泣いていた。"
+CHINESE = "人类的历史是一部不断发展的历史。我们在学习语言模型的时候,需要大量的文本数据,然后把它们变成数字。"
+KOREAN = "나는 고양이다. 이름은 아직 없다. 어디서 태어났는지 도무지 짐작이 가지 않는다. "
+LINES = "a\nb\r\nc\rd\x0be\x0cf\x1cg\x85h\u2028i\u2029j\n\n"
+
+
+def read(content: bytes, encoding: str | None = None) -> str:
+    return "".join(Document("text", lambda: io.BytesIO(content), encoding).chunks())
+
+
+def names(*sources: object) -> list[str]:
+    return [document.name for document in expand(map(str, sources))]
+
+
+def refusal(content: bytes, encoding: str | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        read(content, encoding)
+    return str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b.txt", "a.md", "sub/c.txt", "sub/deep/d", ".hidden/e.txt", "sub/.f.txt"):
+        path = tmp_path / "texts" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name, encoding="utf-8")
+    return tmp_path / "texts"
+
+
+@contextmanager
+def in_chunks_of(size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "CHUNK", size)
+        yield
+
+
+@pytest.fixture
+def small_chunks():
+    with in_chunks_of(64):
+        yield
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def urlopen(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+
+
+def test_a_file_is_one_document(folder):
+    (document,) = expand([str(folder / "b.txt")])
+    assert (document.name, document.path, "".join(document.chunks())) == ("b.txt", folder / "b.txt", "b.txt")
+
+
+def test_a_folder_gives_every_visible_file_below_it_in_a_fixed_order(folder):
+    assert names(folder) == ["a.md", "b.txt", "sub/c.txt", "sub/deep/d"]
+
+
+def test_a_hidden_folder_may_be_named(folder):
+    assert names(folder / ".hidden") == ["e.txt"]
+
+
+def test_what_is_not_text_is_left_out_of_a_folder_with_one_notice(folder):
+    for name, content in {"photo.jpg": b"\xff\xd8\xff\xe0", "data.bin": b"a\0b", "x.zip": b"PK\x03\x04", "y.gz": b"\x1f\x8b\x08"}.items():
+        (folder / name).write_bytes(content)
+    with pytest.warns(Notice) as notices:
+        assert names(folder) == ["a.md", "b.txt", "sub/c.txt", "sub/deep/d"]
+    assert [str(notice.message) for notice in notices] == [f"4 of 8 files in {folder} are not text and are left out: data.bin, photo.jpg, x.zip, …"]
+
+
+def test_utf_16_with_its_mark_is_text_in_a_folder_too(folder):
+    (folder / "b.txt").write_bytes(FRENCH.encode("utf-16"))
+    assert [document for document in expand([str(folder)]) if "".join(document.chunks()) == FRENCH]
+
+
+@pytest.mark.xfail(strict=True, reason="the files of a folder are judged before --encoding is known")
+def test_an_encoding_that_is_given_holds_for_folders_too(folder):
+    (folder / "b.txt").write_bytes(FRENCH.encode("utf-16-le"))
+    assert len(expand([str(folder)], "utf-16-le")) == 4
+
+
+@pytest.mark.xfail(strict=True, raises=FileNotFoundError, reason="a link that leads nowhere ends in a traceback")
+def test_a_link_that_leads_nowhere_is_left_out_of_a_folder(folder):
+    (folder / "broken.txt").symlink_to("nowhere")
+    with pytest.warns(Notice, match=r"broken\.txt"):
+        assert "broken.txt" not in names(folder)
+
+
+@pytest.mark.xfail(strict=True, raises=UserError, reason="a folder looks for zero bytes in 8 kB, reading in 4 MB")
+def test_what_turns_out_not_to_be_text_later_is_left_out_of_a_folder_too(folder):
+    (folder / "late.bin").write_bytes(b"a" * 10_000 + b"\0")
+    with pytest.warns(Notice, match=r"late\.bin"):
+        assert all("".join(document.chunks()) for document in expand([str(folder)]))
+
+
+@pytest.mark.parametrize("content", [{}, {".hidden": b"text"}, {"picture": b"\x89PNG"}])
+@pytest.mark.filterwarnings("ignore::nanogpt.errors.Notice")
+def test_a_folder_without_text_is_refused(tmp_path, content):
+    for name, head in content.items():
+        (tmp_path / name).write_bytes(head)
+    with pytest.raises(UserError, match="no text file in the folder /"):
+        expand([str(tmp_path)])
+
+
+def test_a_glob_gives_the_files_that_match(folder):
+    assert names(folder / "*") == ["a.md", "b.txt"]
+    assert names(folder / "**" / "*.txt") == ["b.txt", "c.txt"]
+    with pytest.raises(UserError, match=r"No file matches the pattern .*/\*\.tex"):
+        expand([str(folder / "*.tex")])
+
+
+def test_a_file_with_a_glob_for_a_name_is_that_file(folder):
+    (folder / "[ab].txt").write_text("itself", encoding="utf-8")
+    assert names(folder / "[ab].txt") == ["[ab].txt"]
+
+
+def test_each_file_comes_once_however_often_it_is_named(folder, monkeypatch):
+    (folder.parent / "link.txt").symlink_to(folder / "b.txt")
+    monkeypatch.chdir(folder)
+    assert names("b.txt", folder / "b.txt", "../link.txt", "*.txt", "sub/../b.txt", folder) == ["b.txt", "a.md", "sub/c.txt", "sub/deep/d"]
+
+
+def test_a_path_may_begin_at_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert names("~/b.txt") == ["b.txt"]
+
+
+def test_standard_input_can_be_read_again(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(FRENCH.encode())))
+    (document,) = expand(["-"])
+    assert ["".join(document.chunks()) for _ in range(3)] == [FRENCH] * 3
+
+
+def test_standard_input_takes_an_encoding(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(FRENCH.encode("cp1252"))))
+    (document,) = expand(["-"], "cp1252")
+    assert "".join(document.chunks()) == FRENCH
+
+
+@pytest.mark.parametrize(("name", "documents", "size"), [("python", 100, 1_000_000), ("python-docs", 50, 100_000)])
+def test_built_in_texts_are_on_every_machine(name, documents, size):
+    found = expand([name])
+    assert len({document.name for document in found}) == len(found) > documents
+    assert sum(len(chunk) for document in found for chunk in document.chunks()) > size
+
+
+@pytest.mark.xfail(strict=True, reason="documents without a path have nothing to tell them apart by")
+def test_a_built_in_text_comes_once_however_often_it_is_named():
+    assert len(expand(["python-docs", "python-docs"])) == len(expand(["python-docs"]))
+
+
+def test_a_path_that_exists_comes_before_a_built_in_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("python").write_text("a snake", encoding="utf-8")
+    assert "".join(expand(["python"])[0].chunks()) == "a snake"
+
+
+def test_shakespeare_offline_says_where_the_file_can_be_put(offline):
+    with pytest.raises(UserError) as caught:
+        expand(["shakespeare"])
+    assert corpus.SHAKESPEARE_URL in str(caught.value)
+    assert str(cache_dir() / "shakespeare.txt") in str(caught.value)
+
+
+def test_shakespeare_is_taken_from_the_cache_and_checked(offline, monkeypatch):
+    path = cache_dir() / "shakespeare.txt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"To be, or not to be")
+    with pytest.raises(UserError, match=r"not Tiny Shakespeare: its SHA-256 is .*\n.*Remove"):
+        expand(["shakespeare"])
+    monkeypatch.setattr(corpus, "SHAKESPEARE_SHA256", hashlib.sha256(b"To be, or not to be").hexdigest())
+    assert names("shakespeare") == ["shakespeare"]
+
+
+@pytest.mark.xfail(strict=True, reason="the download is kept before it is checked")
+def test_a_wrong_download_is_not_kept(monkeypatch):
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: io.BytesIO(b"<html>Please log in</html>"))
+    with pytest.raises(UserError, match="SHA-256"):
+        expand(["shakespeare"])
+    assert not (cache_dir() / "shakespeare.txt").exists()
+
+
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE])
+def test_utf_8_and_utf_16_give_the_same_characters_and_keep_line_ends(mark):
+    encoding = corpus.MARKS.get(mark, "utf-8")
+    assert read(mark + (LINES + "Grüße 日本 👩‍👩‍👧").encode(encoding)) == LINES + "Grüße 日本 👩‍👩‍👧"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-16", "utf-8-sig", "utf-32", "cp1252", "latin-1"])
+def test_an_encoding_that_is_given_is_used_and_its_mark_is_no_text(encoding):
+    assert read(FRENCH.encode(encoding), encoding) == FRENCH
+    if mark := {name: mark for mark, name in corpus.MARKS.items()}.get(encoding):
+        assert read(mark + FRENCH.encode(encoding), encoding) == FRENCH
+
+
+@pytest.mark.parametrize("encoding", ["UTF-8", "utf8", "UTF-16LE"])
+@pytest.mark.xfail(strict=True, reason="a mark is only known by one spelling of its encoding")
+def test_a_mark_is_no_text_however_its_encoding_is_spelled(encoding):
+    mark = codecs.BOM_UTF8 if "8" in encoding else codecs.BOM_UTF16_LE
+    assert read(mark + "abc".encode(encoding), encoding) == "abc"
+
+
+@pytest.mark.parametrize("encoding", ["utf-9", "", "french"])
+def test_an_unknown_encoding_is_refused(encoding):
+    assert f"Python knows no encoding {encoding!r}.\nTry --encoding utf-8" in refusal(b"abc", encoding)
+
+
+@pytest.mark.parametrize("encoding", ["base64", "rot13", "undefined", "a\0b"])
+@pytest.mark.xfail(strict=True, reason="Python's codecs that are no encodings of text end in a traceback")
+def test_what_is_no_encoding_of_text_is_refused(encoding):
+    assert encoding in refusal(b"abc", encoding)
+
+
+@given(st.text(), st.integers(3, 9), st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32", "gb18030", "utf-7"]))
+def test_chunk_borders_change_nothing(text, size, encoding):
+    with in_chunks_of(size):
+        assert read(text.encode(encoding), encoding) == text.removeprefix("\ufeff" if encoding == "utf-8" else "")
+
+
+@given(st.text(), st.integers(3, 9), st.sampled_from(sorted(corpus.MARKS)))
+def test_chunk_borders_change_nothing_behind_a_mark(text, size, mark):
+    with in_chunks_of(size):
+        assert read(mark + text.encode(corpus.MARKS[mark])) == text
+
+
+@given(st.binary(max_size=40), st.integers(1, 9))
+def test_utf_8_is_read_as_python_reads_it_and_refused_where_python_refuses_it(content, size):
+    content = b"x" * size + content
+    with in_chunks_of(size):
+        try:
+            expected = content.decode()
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            assert f"not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start}, line {line} ({error.reason})" in refusal(content)
+        else:
+            assert read(content) == expected
+
+
+@pytest.mark.parametrize(("text", "encoding"), [(FRENCH, "cp1252"), (JAPANESE, "shift_jis"), (KOREAN, "euc_kr")])
+@pytest.mark.parametrize("before", [0, 1, 63, 64, 1000])
+def test_an_undecodable_byte_is_named_with_its_line_and_the_likely_encoding(small_chunks, text, encoding, before):
+    content = b"\n" * before + (text * 4).encode(encoding)
+    with pytest.raises(UnicodeDecodeError) as caught:
+        content.decode()
+    at = caught.value.start
+    said = refusal(content)
+    assert f"text is not UTF-8: byte 0x{content[at]:02x} at offset {at:,}, line {before + 1:,} (" in said
+    assert said.endswith(f"It looks like {encoding}: add --encoding {encoding}.")
+    assert read(content, encoding) == "\n" * before + text * 4
+
+
+@pytest.mark.parametrize(("text", "encoding"), [(RUSSIAN, "cp1251"), (CHINESE, "gb18030"), ("word—“quoted", "cp1252"), ("blåøjet", "cp1252")])
+@pytest.mark.xfail(strict=True, reason="Russian passes for Chinese, Chinese for Korean, and two accented letters side by side for either")
+def test_the_likely_encoding_is_found_for_more_languages(text, encoding):
+    assert refusal(text.encode(encoding)).endswith(f"It looks like {encoding}: add --encoding {encoding}.")
+
+
+def test_utf_8_that_ends_within_a_character_is_refused_there(small_chunks):
+    assert "byte 0xe2 at offset 1,001, line 2 (unexpected end of data)" in refusal(b"x" * 1000 + "\n€".encode()[:-1])
+
+
+@pytest.mark.xfail(strict=True, reason="the guess knows nothing of UTF-8 that was cut short")
+def test_utf_8_that_ends_within_a_character_is_not_taken_for_another_encoding():
+    assert "--encoding" not in refusal((FRENCH + "€").encode()[:-1])
+
+
+@pytest.mark.xfail(strict=True, reason="the guess does not know which encoding has just failed")
+def test_the_encoding_that_failed_is_not_advised():
+    assert "add --encoding cp1252" not in refusal(b"abc \x81", "cp1252")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_its_mark_is_recognised(encoding):
+    assert refusal(FRENCH.encode(encoding)).endswith(f"If it is UTF-16 without its mark, add --encoding {encoding}.")
+    assert read(FRENCH.encode(encoding), encoding) == FRENCH
+
+
+@pytest.mark.xfail(strict=True, reason="only texts that are more than half ASCII are recognised")
+def test_utf_16_without_its_mark_is_recognised_in_russian():
+    assert "--encoding utf-16-le" in refusal(RUSSIAN.encode("utf-16-le"))
+
+
+@pytest.mark.xfail(strict=True, raises=UnicodeError, reason="Python's utf-16 raises a bare UnicodeError without a mark")
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_an_encoding_that_needs_a_mark_says_so_where_there_is_none(encoding):
+    refusal(FRENCH.encode(f"{encoding}-le"), encoding)
+
+
+@pytest.mark.xfail(strict=True, reason="the mark of UTF-32 begins with that of UTF-16, and the zeros become text")
+def test_utf_32_is_not_taken_for_utf_16():
+    assert "UTF-32" in refusal(FRENCH.encode("utf-32"))
+
+
+@pytest.mark.xfail(strict=True, reason="line ends are counted in bytes, and U+010A has such a byte in UTF-16")
+def test_lines_are_counted_in_characters():
+    assert "line 1 (" in refusal(codecs.BOM_UTF16_LE + "\u010a".encode("utf-16-le") + b"\0\xd8")
+
+
+@pytest.mark.parametrize(("head", "kind"), corpus.SIGNATURES.items())
+def test_what_is_not_plain_text_is_called_by_its_name(head, kind):
+    said = refusal(head + b"\0\1\2" * 100)
+    assert said.startswith(f"text is {kind}, not plain text.")
+    assert "--encoding" not in said
+
+
+def test_zero_bytes_are_no_text_unless_an_encoding_is_given():
+    assert "text is a binary file (it has zero bytes), not plain text." in refusal(b"a\0b\1\2\3\4\5")
+    assert read(b"a\0b", "utf-8") == "a\0b"
+
+
+def test_an_empty_file_is_an_empty_text():
+    assert read(b"") == read(codecs.BOM_UTF8) == ""
+
+
+def test_a_path_that_leads_nowhere_is_answered_with_its_neighbours(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError) as caught:
+        expand(["b.tx"])
+    assert str(caught.value) == (f"There is no file or folder {folder / 'b.tx'}.\nSimilar names: b.txt. Built-in texts: python, python-docs, shakespeare.")
+    with pytest.raises(UserError, match=r"Similar names: shakespeare\."):
+        expand(["shakespear"])
+    with pytest.raises(UserError, match=f"In {folder / 'sub'} nothing has a similar name"):
+        expand(["sub/zzzzzzzz/zzzz"])
+
+
+@pytest.mark.xfail(strict=True, raises=(OSError, RuntimeError), reason="asking the system about such a path ends in a traceback")
+@pytest.mark.parametrize("source", ["This is the text itself, not its name. " * 10, "~nobody-of-this-name/book.txt"])
+def test_what_cannot_be_a_path_is_refused(source):
+    with pytest.raises(UserError, match="no file or folder"):
+        expand([source])
+
+
+@pytest.mark.xfail(strict=True, reason="an empty word is the current folder to pathlib")
+def test_an_empty_word_is_refused(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError):
+        expand([""])

@@ -1,0 +1,265 @@
+"""A run learns, goes on exactly where it stopped, however it stopped, and refuses to go on as another run."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import TINY
+
+import nanogpt
+from nanogpt import checkpoint, evaluate, trainer
+from nanogpt.errors import Notice, UserError
+from nanogpt.report import Evaluated, Finished, Sampled, Saved, Started, Stepped
+
+RUN = TINY | {"dropout": 0.1, "steps": 100, "eval_every": 20, "device": "cpu"}
+
+
+def timeless(run):
+    """metrics.jsonl without its timings."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+def same(run, other):
+    assert timeless(run) == timeless(other)
+    assert (run / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
+    assert (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    for name in ("weights", "optimizer"):
+        a, b = (path / "state" / str(checkpoint.latest_step(path)) / f"{name}.safetensors" for path in (run, other))
+        assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.fixture
+def whole(story, tmp_path):
+    """An undisturbed run of 100 steps."""
+    nanogpt.train(story, tmp_path / "whole", **RUN)
+    return tmp_path / "whole"
+
+
+def test_it_learns_and_tells_what_happens(story, tmp_path):
+    events = []
+    model = nanogpt.train(story, tmp_path / "run", on_event=events.append, **RUN | {"steps": 200, "dropout": 0.0})
+    kinds = [type(event) for event in events]
+    assert kinds[0] is Started
+    assert kinds.count(Stepped) == 200
+    assert kinds[-4:] == [Evaluated, Sampled, Saved, Finished]
+    finished = events[-1]
+    assert finished.loss.val_loss < finished.baselines["unigram"] < finished.baselines["uniform"]
+    assert model.summary["val_loss"] == finished.loss.val_loss == pytest.approx(model.evaluate().val_loss)
+    assert "The " in "".join(model.stream("The cat", seed=1, max_tokens=200))
+    best = min((event for event in events if isinstance(event, Evaluated)), key=lambda event: event.val_loss)
+    assert finished.best_step == best.step
+
+
+def test_two_runs_of_one_seed_are_identical_and_of_two_are_not(story, tmp_path, whole):
+    nanogpt.train(story, tmp_path / "again", **RUN)
+    same(tmp_path / "again", whole)
+    nanogpt.train(story, tmp_path / "other", seed=5, **RUN)
+    assert timeless(tmp_path / "other") != timeless(whole)
+
+
+@pytest.mark.parametrize("at", [1, 50, 60, 99])
+def test_stopped_and_resumed_equals_never_stopped(story, tmp_path, whole, at):
+    def stop(event):
+        if isinstance(event, Stepped) and event.step == at:
+            signal.raise_signal(signal.SIGINT)
+
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        nanogpt.train(story, run, on_event=stop, **RUN)
+    assert checkpoint.latest_step(run) == at
+    nanogpt.train(out=run, resume=True)
+    same(run, whole)
+
+
+def test_a_run_that_broke_off_between_saves_repeats_those_steps(story, tmp_path, whole):
+    def fail(event):
+        if isinstance(event, Stepped) and event.step == 57:
+            raise RuntimeError("power cut")
+
+    run = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="power cut"):
+        nanogpt.train(story, run, on_event=fail, **RUN)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 58, "train_lo')  # the last line of a killed process
+    assert checkpoint.latest_step(run) == 40
+    nanogpt.train(story, run, resume=True)
+    same(run, whole)
+
+
+SCRIPT = """
+import sys, nanogpt
+from nanogpt import report
+nanogpt.train(sys.argv[1], sys.argv[2], resume=True, on_event=lambda e: print(type(e).__name__, flush=True), **{settings})
+"""
+
+
+def spawn(story, run):
+    code = "import warnings; warnings.simplefilter('ignore')\n" + SCRIPT.replace("{settings}", repr(RUN))
+    return subprocess.Popen([sys.executable, "-c", code, story, run], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_leave(story, tmp_path, whole, number):
+    run = tmp_path / "run"
+    process = spawn(story, run)
+    for line in process.stdout:
+        if line == "Stepped\n":
+            process.send_signal(number)
+            break
+    process.stdout.read()
+    assert process.wait() in (128 + number, -number, 1)
+    assert 1 <= checkpoint.latest_step(run) < 100
+    nanogpt.train(out=run, resume=True)
+    same(run, whole)
+
+
+def test_killed_again_and_again_it_still_ends_as_if_nothing_had_been(story, tmp_path, whole):
+    """kill -9 in the middle of a step, of an evaluation, of a save: wherever the delays happen to lead."""
+    run = tmp_path / "run"
+    for delay in (0.0, 0.02, 0.05, 0.1, 0.2):
+        process = spawn(story, run)
+        for line in process.stdout:
+            if line == "Saved\n":
+                time.sleep(delay)
+                break
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    nanogpt.train(story, run, resume=True, **RUN)
+    same(run, whole)
+
+
+def test_killed_in_the_middle_of_a_save_it_goes_on_from_the_one_before(story, tmp_path, whole):
+    code = """
+import os, nanogpt.files as files
+saves, real = [], files.os.replace
+def replace(a, b):
+    saves.append(b)
+    if len([s for s in saves if "state" in str(s)]) == {n}: os.kill(os.getpid(), 9)
+    real(a, b)
+files.os.replace = replace
+"""
+    for n in (5, 7, 8):  # each save renames weights, optimiser, the folder, and `latest`
+        run = tmp_path / f"run{n}"
+        process = subprocess.run([sys.executable, "-c", code.replace("{n}", str(n)) + SCRIPT.replace("{settings}", repr(RUN)), story, run], capture_output=True)
+        assert process.returncode == -signal.SIGKILL
+        assert checkpoint.latest_step(run) == 20
+        nanogpt.train(out=run, resume=True)
+        same(run, whole)
+
+
+def test_changed_settings_are_refused_with_a_table_and_others_may_change(story, tmp_path):
+    run = tmp_path / "run"
+    nanogpt.train(story, run, **RUN | {"steps": 20})
+    with pytest.raises(UserError, match=r"n_layer +2 +3\n +dropout +0.1 +0.0"):
+        nanogpt.train(story, run, resume=True, n_layer=3, dropout=0.0)
+    nanogpt.train(story, run, resume=True, steps=30, n_layer=2)
+    assert timeless(run)[-1]["step"] == 30
+
+
+def test_another_text_is_refused(story, tmp_path):
+    run = tmp_path / "run"
+    nanogpt.train(story, run, **RUN | {"steps": 20})
+    story.write_text(story.read_text() + "!")
+    with pytest.raises(UserError, match=r"not the one the run .* began with"):
+        nanogpt.train(story, run, resume=True)
+    before = (run / "model.safetensors").read_bytes()
+    nanogpt.train(out=run, resume=True, steps=21)  # what was prepared is still there
+    assert (run / "model.safetensors").read_bytes() != before
+
+
+def test_without_state_resume_starts_afresh_and_says_so(story, tmp_path):
+    with pytest.warns(Notice, match="starting afresh"):
+        nanogpt.train(story, tmp_path / "new", resume=True, **RUN | {"steps": 2})
+
+
+def test_a_run_that_is_over_stays_as_it_is(story, tmp_path, whole):
+    before = {path.name: path.read_bytes() for path in whole.iterdir() if path.is_file()}
+    nanogpt.train(out=whole, resume=True)
+    assert {path.name: path.read_bytes() for path in whole.iterdir() if path.is_file()} == before
+
+
+def test_an_occupied_folder_is_left_alone(story, tmp_path, whole):
+    before = (whole / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"already holds a run, saved at step 100"):
+        nanogpt.train(story, whole, **RUN)
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "chapter1.tex").touch()
+    with pytest.raises(UserError, match=r"not a run of nanogpt: it holds chapter1.tex"):
+        nanogpt.train(story, foreign, overwrite=True, **RUN)
+    with pytest.raises(UserError):  # nothing is overwritten for a run that cannot begin
+        nanogpt.train(tmp_path / "nothing.txt", whole, overwrite=True, **RUN)
+    assert (whole / "model.safetensors").read_bytes() == before
+    nanogpt.train(story, whole, overwrite=True, **RUN | {"steps": 3})
+    assert checkpoint.latest_step(whole) == 3
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_state(story, tmp_path):
+    class Poisoned(trainer.Trainer):
+        def save(self):
+            saved = super().save()
+            with torch.no_grad():
+                self.model.wte.weight[:] = float("nan")
+            return saved
+
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanogpt.library.Trainer", Poisoned)
+        with pytest.raises(UserError, match=r"no longer a number: nan in step 21, at learning rate .*, gradient norm nan\. The last good state, step 20"):
+            nanogpt.train(story, run, **RUN)
+    assert nanogpt.load(run).evaluate().val_loss < 10
+    assert checkpoint.latest_step(run) == 20
+
+
+def test_patience_stops_and_the_best_is_kept(tmp_path, monkeypatch, story):
+    losses = iter([3.0, 2.0, 2.5, 2.6, 2.7, 1.0])
+    monkeypatch.setattr(trainer, "evaluate", lambda *args, **kwargs: evaluate.Loss(next(losses) * 100, 100, 100.0))
+    events = []
+    nanogpt.train(story, tmp_path / "run", patience=2, on_event=events.append, **RUN | {"eval_every": 10})
+    assert [event.step for event in events if isinstance(event, Evaluated)] == [10, 20, 30, 40]
+    assert events[-1].best_step == 20
+    assert events[-1].verdict.kind in ("overfitted", "undertrained", "healthy")
+
+
+def test_a_300_byte_text_trains_with_a_shorter_context(tmp_path):
+    (tmp_path / "small.txt").write_text(("We all live in a yellow submarine. " * 9)[:300])
+    with pytest.warns(Notice, match="context is 67 tokens instead of 256"):
+        model = nanogpt.train(tmp_path / "small.txt", n_layer=1, n_head=1, n_embd=8, batch_size=2, steps=3)
+    assert 0 < model.evaluate().val_loss < 10
+    with pytest.raises(UserError, match=r"270 to train on, so it can be 269 at most"):
+        nanogpt.train(tmp_path / "small.txt", context_length=300)
+
+
+def test_without_a_folder_nothing_is_kept_but_the_model(story, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = nanogpt.train(story, **RUN | {"steps": 2})
+    assert sorted(os.listdir(tmp_path)) == ["story.txt"]
+    assert model.logits([[1, 2, 3]]).shape == (1, 3, model.tokenizer.vocab_size)
+
+
+def test_evaluation_without_text_or_run_says_what_to_do(story, tmp_path):
+    nanogpt.train(story, tmp_path / "run", **RUN | {"steps": 2})
+    lone = tmp_path / "elsewhere" / "m.safetensors"
+    lone.parent.mkdir()
+    lone.write_bytes((tmp_path / "run" / "model.safetensors").read_bytes())
+    model = nanogpt.load(lone)
+    with pytest.raises(UserError, match="Name a text"):
+        model.evaluate()
+    assert model.evaluate(story).baselines == {}
+    assert nanogpt.load(tmp_path / "run").evaluate(story).baselines["bigram"] > 0
+    with pytest.raises(UserError, match="at most 16 tokens, not 17"):
+        model.evaluate(story, context_length=17)
+
+
+def test_prepared_text_that_is_gone_is_made_again(story, tmp_path):
+    expected = nanogpt.train(story, tmp_path / "run", **RUN | {"steps": 2}).evaluate().val_loss
+    shutil.rmtree(json.loads((tmp_path / "run" / "text.json").read_text())["folder"])
+    assert nanogpt.load(tmp_path / "run").evaluate().val_loss == expected
