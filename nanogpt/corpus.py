@@ -172,6 +172,7 @@ def _standard_input() -> Document:
     """Standard input can be read but once: it is kept in a nameless file on disk, which goes with the process."""
     spool = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the document)
     shutil.copyfileobj(sys.stdin.buffer, spool, CHUNK)
+    spool.flush()
 
     def reopen() -> BinaryIO:
         copy = os.fdopen(os.dup(spool.fileno()), "rb")

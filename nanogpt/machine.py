@@ -4,6 +4,7 @@ In: what was asked for. Out: a `Machine`, and a sentence that says what it is an
 Refuses: a device that is not there, with what is.
 """
 
+import ctypes
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -56,6 +57,17 @@ def choose(asked: MachineConfig) -> Machine:
         )
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
+    if device == "cpu" and platform.libc_ver()[0] == "glibc":
+        _keep_memory()
     fast_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = asked.dtype if asked.dtype != "auto" else "bfloat16" if fast_bf16 else "float32"
     return Machine(torch.device(device), getattr(torch, dtype), torch.get_num_threads())
+
+
+def _keep_memory() -> None:
+    """Have glibc keep what is freed. Else it gives every large tensor back to the system, and each step waits for fresh zeroed
+    pages again, which takes a third of the seed recipe's time."""
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -85,8 +85,8 @@ class Attention(nn.Module):
             mask = None if T in (1, S) else _causal(T, S, x.device)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S)
         else:  # the fused kernels have their own random numbers; dropout on the probabilities needs the probabilities
-            scores = (q @ k.transpose(2, 3)) / math.sqrt(q.shape[3])  # (B, H, T, S)
-            probabilities = scores.masked_fill(~_causal(T, S, x.device), -math.inf).softmax(dim=3)
+            scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, H, T, S)
+            probabilities = scores.masked_fill_(~_causal(T, S, x.device), -math.inf).softmax(dim=3)
             y = self.dropout(probabilities, keys) @ v  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 

@@ -1,0 +1,111 @@
+"""A batch is a pure function of seed, step and row: any slice, in any order, on any machine."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanogpt.data import batch, open_tokens, random_bits, token_dtype
+
+TOKENS = np.arange(1000, dtype=np.uint16)
+MASK = 2**64 - 1
+seeds, steps = st.integers(0, 2**31 - 1), st.integers(0, 10**9)
+
+
+@given(seeds, steps, st.integers(1, 12), st.data())
+def test_rows_do_not_know_of_each_other(seed, step, rows, data):
+    whole = batch(TOKENS, seed, step, range(rows), 16)
+    cuts = sorted(data.draw(st.sets(st.integers(1, rows))) | {0, rows})
+    order = data.draw(st.permutations(list(pairwise(cuts))))
+    for first, behind in order:
+        for part, full in zip(batch(TOKENS, seed, step, range(first, behind), 16), whole, strict=True):
+            assert torch.equal(part, full[first:behind])
+
+
+@given(seeds, steps, st.integers(1, 999))
+def test_targets_are_the_inputs_one_token_on(seed, step, context_length):
+    inputs, targets, keys = batch(TOKENS, seed, step, range(4), context_length)
+    assert inputs.shape == targets.shape == (4, context_length)
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert keys.shape == (4,)
+    assert keys.dtype == torch.int32
+    assert torch.equal(targets, inputs + 1)
+    assert torch.equal(inputs, inputs[:, :1] + torch.arange(context_length))
+    assert targets.max() < 1000
+
+
+@given(seeds, steps)
+def test_seeds_steps_and_rows_differ(seed, step):
+    drawn = [random_bits(s, t, range(50)) for s, t in [(seed, step), (seed + 1, step), (seed, step + 1), (seed + 1, step + 1)]]
+    assert len(np.unique(np.concatenate(drawn))) == 200
+
+
+@pytest.mark.parametrize(("tokens", "context_length"), [(2, 1), (9, 8), (10, 8), (20, 3)])
+def test_every_window_is_reached_about_equally_often(tokens, context_length):
+    inputs, _, _ = batch(TOKENS[:tokens], 1, 0, range(2000), context_length)
+    starts = np.bincount(inputs[:, 0].numpy())
+    expected = 2000 / (tokens - context_length)
+    assert len(starts) == tokens - context_length
+    assert (abs(starts - expected) < 5 * np.sqrt(expected) + 1).all()
+
+
+@pytest.mark.parametrize("bits", [random_bits(7, 3, range(20_000)), np.concatenate([random_bits(7, step, range(1)) for step in range(20_000)])])
+def test_bits_are_even_and_independent(bits):
+    table = np.unpackbits(bits.view(np.uint8)).reshape(len(bits), 64).astype(float)
+    assert abs(table.mean(axis=0) - 0.5).max() < 0.02
+    correlations = np.corrcoef(table.T) - np.eye(64)
+    assert abs(correlations).max() < 0.04
+    assert abs(np.corrcoef(table[:-1].T, table[1:].T)[:64, 64:]).max() < 0.04
+
+
+def test_the_key_of_dropout_says_nothing_of_the_place_in_the_text():
+    inputs, _, keys = batch(TOKENS, 1, 0, range(20_000), 16)
+    keys = keys.numpy()
+    assert len(np.unique(keys)) > 19_990
+    assert abs(np.corrcoef(inputs[:, 0], keys)[0, 1]) < 0.03
+    assert abs(keys.mean()) < 5 * 2**31 / np.sqrt(3 * 20_000)
+
+
+def splitmix64(seed: int, n: int) -> int:
+    """The n-th output of the reference generator, in plain integers."""
+    z = seed + n * 0x9E3779B97F4A7C15 & MASK
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK
+    return z ^ z >> 31
+
+
+def test_the_reference_gives_the_published_numbers():
+    assert [splitmix64(1234567, n) for n in (1, 2, 3)] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+@given(seeds, steps, st.integers(0, 10**9))
+def test_the_bits_are_those_of_splitmix64(seed, step, row):
+    expected = [splitmix64(splitmix64(seed, step + 1), each + 1) for each in range(row, row + 3)]
+    assert random_bits(seed, step, range(row, row + 3)).tolist() == expected
+
+
+def test_batches_stay_what_they_are_in_every_version():
+    inputs, _, keys = batch(TOKENS, 1337, 5, range(2), 4)
+    assert (inputs[:, 0].tolist(), keys.tolist()) == ([462, 96], [223838582, 996114375])
+
+
+@given(st.integers(1, 2**32))
+def test_the_smallest_type_that_holds_every_token(vocab_size):
+    dtype = token_dtype(vocab_size)
+    assert dtype.kind == "u"
+    assert np.iinfo(dtype).max >= vocab_size - 1
+    assert dtype.itemsize == 1 or np.iinfo(f"u{dtype.itemsize // 2}").max < vocab_size - 1
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1, "u1"), (256, "u1"), (257, "u2"), (65536, "u2"), (65537, "u4")])
+def test_tokens_come_back_from_their_file(tmp_path, vocab_size, dtype):
+    tokens = np.array([0, vocab_size - 1, vocab_size // 2] * 5).astype(dtype)
+    tokens.tofile(tmp_path / "tokens.bin")
+    opened = open_tokens(tmp_path / "tokens.bin", vocab_size)
+    assert opened.dtype == dtype
+    assert opened.tolist() == tokens.tolist()
+    inputs, targets, _ = batch(opened, 0, 0, range(3), 4)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
