@@ -80,6 +80,10 @@ def test_any_configuration_comes_back_from_its_settings(config):
     assert Config.model_validate_json(config.model_dump_json()) == config
 
 
+def test_the_toml_of_the_defaults_is_complete(toml):
+    assert toml(to_toml(Config())) == {name: value for name, value in flatten(Config()).items() if value is not None}
+
+
 def test_the_defaults_are_the_recipe_of_the_seed():
     assert resolve({}) == Config()
     expected = {

@@ -197,11 +197,19 @@ def test_what_was_prepared_is_found_again_and_not_touched(story):
 
 
 def test_another_text_another_split_or_another_order_is_prepared_anew(tmp_path):
-    a, b = write(tmp_path, "hello world " * 20, "the quick brown fox " * 20)
-    several = [make(a), make(b), make(a, val_bytes=10), make(a, val=str(b)), make(a, b), make(b, a), make(b, val=str(a))]
+    a, b, both = write(tmp_path, "hello world " * 20, "the quick brown fox " * 20, "hello world " * 20 + "the quick brown fox " * 20)
+    several = [make(a), make(b), make(both), make(a, val_bytes=10), make(a, val=str(b)), make(a, b), make(b, a), make(b, val=str(a))]
     a.write_text("hello worlD " * 20, encoding="utf-8")
     several.append(make(a))
     assert len({prepared.about["folder"] for prepared in several}) == len(several)
+
+
+def test_the_names_of_many_documents_matter_and_that_of_one_does_not(library, story):
+    folder = make(library).about["folder"]
+    (library / "0.txt").rename(library / "renamed.txt")
+    assert make(library).about["folder"] != folder
+    alone = make(story).about["folder"]
+    assert make(story.rename(story.with_name("renamed.txt"))).about["folder"] == alone
 
 
 def test_what_is_known_of_a_text_is_true(story, monkeypatch):
