@@ -24,7 +24,7 @@ from nanogpt.errors import UserError
 class Section(BaseModel):
     """A named group of settings, frozen; the docstring under a field is its help."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -41,7 +41,7 @@ class ModelConfig(Section):
     """Width: channels of the vector that stands for a token."""
     context_length: Annotated[int, Field(ge=1)] = 256
     """Tokens the model looks back on."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    dropout: Annotated[float, Field(ge=0, le=0.99)] = 0.2
     """Share of activations zeroed in training, against overfitting (in steps of 1/256)."""
 
 
@@ -145,9 +145,11 @@ def _checked(
     problems = [_unknown(name, known) for name in given if name not in known]
     try:
         config = kind.model_validate(content)
-        problems += contradictions(config)
     except ValidationError as error:
         problems += explain(error)
+        wrong = {problem["loc"][-1] for problem in error.errors()}
+        config = kind.model_validate({key: _without(value, wrong) for key, value in content.items() if key not in wrong})
+    problems += contradictions(config)
     if problems:
         raise UserError("\n".join(problems), "`nanogpt train --help` and `nanogpt sample --help` list every setting with its default.")
     return config
@@ -175,13 +177,20 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"The settings in {path.absolute()} cannot be read: {error}.") from error
     settings: dict[str, Any] = {}
     for key, value in document.items():
-        settings |= value if key in Config.model_fields and isinstance(value, dict) else {key: value}
+        for name, setting in value.items() if key in Config.model_fields and isinstance(value, dict) else [(key, value)]:
+            if name in settings:
+                raise UserError(f"{path.absolute()} sets {name!r} twice: to {settings[name]!r} and to {setting!r}.", "Remove one of the two.")
+            settings[name] = setting
     return settings
 
 
 def to_toml(config: Config) -> str:
     """The whole configuration as TOML, which `--config` reads back. (TOML has no null: what is None is left out.)"""
     return tomli_w.dumps(config.model_dump(exclude_none=True))
+
+
+def _without(value: Any, names: Collection[str | int]) -> Any:
+    return {name: inner for name, inner in value.items() if name not in names} if isinstance(value, dict) else value
 
 
 def _unknown(name: str, known: Collection[str]) -> str:

@@ -10,6 +10,7 @@ import codecs
 import difflib
 import glob
 import hashlib
+import http.client
 import io
 import os
 import shutil
@@ -27,11 +28,15 @@ from nanogpt.errors import Notice, UserError
 from nanogpt.files import cache_dir, replacing
 
 CHUNK = 1 << 22  # bytes read at a time
+HEAD = 8192  # bytes that are looked at to see what a file is
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-MARKS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}  # byte order marks
+MARKS = {  # byte order marks; that of UTF-32 begins with that of UTF-16
+    b"\xff\xfe\0\0": "utf-32-le", b"\0\0\xfe\xff": "utf-32-be",
+    b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be",
+}  # fmt: skip
 
 SIGNATURES = {  # how files that are not plain text begin
     b"%PDF": "a PDF document", b"{\\rtf": "an RTF document", b"\xd0\xcf\x11\xe0": "an old Word or Excel document",
@@ -39,6 +44,14 @@ SIGNATURES = {  # how files that are not plain text begin
     b"Rar!": "a RAR archive", b"\x1f\x8b": "a gzip archive", b"BZh": "a bzip2 archive", b"\xfd7zXZ": "an xz archive",
     b"\x28\xb5\x2f\xfd": "a Zstandard archive", b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture",
     b"GIF8": "a GIF picture", b"\x7fELF": "a program", b"SQLite format 3": "an SQLite database", b"PAR1": "a Parquet table",
+}  # fmt: skip
+
+FREQUENT = {  # encodings that text may turn out to be in: frequent letters beyond ASCII, and the share of such letters they usually make up
+    "cp1252": ("éèàâêîôûçäöüßñáíóúåøæãõ“”‘’–—…«»¿¡°", 0.9),
+    "cp1251": ("оеаинтсрвлкмдпуя", 0.75), "koi8-r": ("оеаинтсрвлкмдпуя", 0.75), "cp1253": ("αοιετσνρκπμλη", 0.7),
+    "shift_jis": ("のにはをたがでてとしれさいあるっくかもなこら、。", 0.4), "euc_jp": ("のにはをたがでてとしれさいあるっくかもなこら、。", 0.4),
+    "euc_kr": ("이다는을가의에고한로하은도지나서기를", 0.3), "gb18030": ("的一是不了在人有我他这中大来上国们到说和，。", 0.2),
+    "big5": ("的一是不了在人有我他這中大來上國們到說和，。", 0.2),
 }  # fmt: skip
 
 
@@ -54,61 +67,74 @@ class Document:
     def chunks(self) -> Iterator[str]:
         """The text in pieces of at most some millions of characters; joined they are the whole.
 
-        Errors: `UserError` for what is not text, with the byte, its offset, its line and the encoding it may be in.
+        Errors: `UserError` for what is not text, with the byte, its offset, its line and the encoding it may be in, and for what cannot be read.
         """
-        with self.open() as stream:
-            head = stream.read(CHUNK)
-            encoding, skip = self._encoding(head)
-            decoder = codecs.getincrementaldecoder(encoding)()
-            offset, lines, data = skip, 1, head[skip:]
-            while True:
-                waiting = len(decoder.getstate()[0])  # bytes of a character that the last piece cut in two
-                try:
-                    text = decoder.decode(data, final=not data)
-                except UnicodeDecodeError as error:
-                    at = offset - waiting + error.start
-                    raise self._undecodable(error, encoding, at, lines + error.object[: error.start].count(b"\n")) from error
-                if text:
-                    yield text
-                if not data:
-                    return
-                offset, lines, data = offset + len(data), lines + text.count("\n"), stream.read(CHUNK)
+        try:
+            with self.open() as stream:
+                yield from self._decode(stream)
+        except OSError as error:
+            raise UserError(f"{self.path or self.name} cannot be read: {error.strerror or error}.") from error
+
+    def _decode(self, stream: BinaryIO) -> Iterator[str]:
+        data = stream.read(CHUNK)
+        encoding, skip = self._encoding(data)
+        decoder = codecs.getincrementaldecoder(encoding)()
+        offset, lines, plain, data = skip, 1, True, data[skip:] or stream.read(CHUNK)
+        while True:
+            waiting = len(decoder.getstate()[0])  # bytes of a character that the last piece cut in two
+            try:
+                text = decoder.decode(data, final=not data)
+                text.encode()  # some codecs let halves of surrogate pairs pass
+            except UnicodeDecodeError as error:
+                before = error.object[: error.start].decode(encoding, errors="ignore").count("\n")
+                cut_off = error.reason == "unexpected end of data" and not (plain and error.object[: error.start].isascii())
+                raise self._undecodable(error, encoding, offset - waiting + error.start, lines + before, cut_off) from error
+            except UnicodeError as error:
+                raise UserError(f"{self.path or self.name} is not {encoding.upper()}: {error}.", "Try --encoding utf-16-le or utf-16-be.") from error
+            if text:
+                yield text
+            if not data:
+                return
+            offset, lines, plain, data = offset + len(data), lines + text.count("\n"), plain and text.isascii(), stream.read(CHUNK)
 
     def _encoding(self, head: bytes) -> tuple[str, int]:
         """The encoding to read with, and the length of the mark to skip."""
+        asked = None if self.encoding is None else _codec(self.encoding)
         for mark, encoding in MARKS.items():
-            if head.startswith(mark) and self.encoding in (None, encoding):
+            if head.startswith(mark) and asked in (None, encoding):
                 return encoding, len(mark)
-        if self.encoding is not None:
-            try:
-                codecs.getincrementaldecoder(self.encoding)
-            except LookupError:
-                raise UserError(f"Python knows no encoding {self.encoding!r}.", "Try --encoding utf-8, utf-16, cp1252, …") from None
-            return self.encoding, 0
-        if kind := not_text(head):
-            raise UserError(f"{self.path or self.name} is {kind}, not plain text.", _cure(head))
+        if asked is not None:
+            return asked, 0
+        if kind := not_text(head[:HEAD]):
+            raise UserError(f"{self.path or self.name} is {kind}, not plain text.", _cure(head[:HEAD]))
         return "utf-8", 0
 
-    def _undecodable(self, error: UnicodeDecodeError, encoding: str, at: int, line: int) -> UserError:
-        byte = f"byte 0x{error.object[error.start]:02x}" if error.start < len(error.object) else "the end"
-        likely = _likely_encoding(error.object[max(0, error.start - 2000) : error.start + 2000])
+    def _undecodable(self, error: UnicodeDecodeError, encoding: str, at: int, line: int, cut_off: bool) -> UserError:
+        likely = _likely_encoding(error.object[max(0, error.start - 2000) : error.start + 2000], encoding)
+        fix = f"It looks like {likely}: add --encoding {likely}." if likely else "Name its encoding with --encoding, or mend the file."
+        if cut_off:
+            fix = "The file seems to be cut off in the middle of a character: mend its end."
         return UserError(
-            f"{self.path or self.name} is not {encoding.upper()}: {byte} at offset {at:,}, line {line:,} ({error.reason}).",
-            f"It looks like {likely}: add --encoding {likely}.",
+            f"{self.path or self.name} is not {encoding.upper()}: byte 0x{error.object[error.start]:02x} at offset {at:,}, line {line:,} ({error.reason}).", fix
         )
 
 
 def expand(sources: Iterable[str], encoding: str | None = None) -> list[Document]:
-    """The documents that the words of a command line name, in a fixed order and each file once.
+    """The documents that the words of a command line name, in a fixed order and each of them once.
 
     A word is a file, a folder (every text file in it), a glob, `-` for standard input, or `python`, `python-docs` or `shakespeare`.
     Errors: `UserError` when a word names nothing, with where it looked and what has a similar name.
     """
     documents: dict[object, Document] = {}
     for source in sources:
-        for document in _documents(source):
-            documents.setdefault(document.path.resolve() if document.path else document, replace(document, encoding=encoding))
+        for document in _documents(source, encoding):
+            documents.setdefault(document.path.resolve() if document.path else document.name, replace(document, encoding=encoding))
     return list(documents.values())
+
+
+def findable(source: str) -> str:
+    """A source's name that means the same from every folder."""
+    return source if source == "-" or (source in BUILT_IN and not os.path.exists(source)) else os.path.abspath(os.path.expanduser(source))
 
 
 def not_text(head: bytes) -> str | None:
@@ -119,29 +145,32 @@ def not_text(head: bytes) -> str | None:
     return "a binary file (it has zero bytes)" if b"\0" in head and not head.startswith(tuple(MARKS)) else None
 
 
-def _documents(source: str) -> list[Document]:
+def _documents(source: str, encoding: str | None) -> list[Document]:
     """The documents behind one word of the command line. A path that exists comes before a built-in text of the same name."""
-    path = Path(source).expanduser()
+    place = os.path.expanduser(source)
     if source == "-":
-        return [_standard_input()]
-    if path.is_dir():
-        return _folder(path)
-    if path.exists():
-        return [_file(path.name, path)]
+        return [_spooled("standard input", sys.stdin.buffer)]
+    if os.path.isdir(place):
+        return _folder(Path(place), encoding)
+    if os.path.isfile(place):
+        return [_file(os.path.basename(place), Path(place))]
+    if os.path.exists(place):
+        with open(place, "rb") as pipe:
+            return [_spooled(source, pipe)]
     if glob.has_magic(source):
-        matches = sorted(name for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+        matches = sorted(name for name in glob.glob(place, recursive=True) if os.path.isfile(name))
         if matches:
-            return [_file(Path(name).name, Path(name)) for name in matches]
+            return [_file(os.path.basename(name), Path(name)) for name in matches]
     elif source in BUILT_IN:
         return BUILT_IN[source]()
-    raise _nothing_there(source, path)
+    raise _nothing_there(source, Path(place or "."))
 
 
 def _file(name: str, path: Path) -> Document:
     return Document(name, lambda: path.open("rb"), path=path.absolute())
 
 
-def _folder(folder: Path) -> list[Document]:
+def _folder(folder: Path, encoding: str | None) -> list[Document]:
     """Every text file below a folder, by name; hidden ones are left out, others that are not text are left out and named."""
     texts: list[Document] = []
     left_out: list[Document] = []
@@ -149,29 +178,40 @@ def _folder(folder: Path) -> list[Document]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in names if not name.startswith(".")):
             document = _file(Path(parent, name).relative_to(folder).as_posix(), Path(parent, name))
-            with document.open() as stream:
-                head = stream.read(8192)
-            (left_out if not_text(head) else texts).append(document)
+            (texts if _readable_text(document, encoding) else left_out).append(document)
     if left_out:
         some = ", ".join(document.name for document in left_out[:3]) + (", …" if len(left_out) > 3 else "")
-        warnings.warn(f"{len(left_out)} of {len(left_out) + len(texts)} files in {folder} are not text and are left out: {some}", Notice, stacklevel=2)
+        count = f"{len(left_out)} of {len(left_out) + len(texts)}"
+        warnings.warn(f"{count} files in {folder} are not text and are left out: {some}", Notice, stacklevel=2)
     if not texts:
         raise UserError(f"There is no text file in the folder {folder.absolute()} (looked at every file below it).")
     return texts
 
 
+def _readable_text(document: Document, encoding: str | None) -> bool:
+    assert document.path is not None, "a file of a folder"
+    if not document.path.is_file():  # a link that leads nowhere, a pipe
+        return False
+    try:
+        with document.open() as stream:
+            return encoding is not None or not_text(stream.read(HEAD)) is None
+    except OSError:
+        return False
+
+
 def _nothing_there(source: str, path: Path) -> UserError:
-    parent = next(folder for folder in path.absolute().parents if folder.is_dir())
+    parent = next(folder for folder in path.absolute().parents if os.path.isdir(folder))
     near = difflib.get_close_matches(path.name, [*os.listdir(parent), *BUILT_IN], n=3, cutoff=0.5)
     what = "No file matches the pattern" if glob.has_magic(source) else "There is no file or folder"
+    name = f"{path.absolute()}" if len(source) < 300 else f"{source[:100]!r}… (a text itself? Give the path of a file)"
     hint = f"Similar names: {', '.join(near)}." if near else f"In {parent} nothing has a similar name."
-    return UserError(f"{what} {path.absolute()}.", f"{hint} Built-in texts: {', '.join(BUILT_IN)}.")
+    return UserError(f"{what} {name}.", f"{hint} Built-in texts: {', '.join(BUILT_IN)}.")
 
 
-def _standard_input() -> Document:
-    """Standard input can be read but once: it is kept in a nameless file on disk, which goes with the process."""
+def _spooled(name: str, stream: BinaryIO) -> Document:
+    """What can be read but once is kept in a nameless file on disk, which goes with the process."""
     spool = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the document)
-    shutil.copyfileobj(sys.stdin.buffer, spool, CHUNK)
+    shutil.copyfileobj(stream, spool, CHUNK)
     spool.flush()
 
     def reopen() -> BinaryIO:
@@ -179,7 +219,7 @@ def _standard_input() -> Document:
         copy.seek(0)
         return copy
 
-    return Document("standard input", reopen)
+    return Document(name, reopen)
 
 
 def _python_docs() -> list[Document]:
@@ -206,42 +246,58 @@ def _python_source() -> list[Document]:
 def _shakespeare() -> list[Document]:
     """Tiny Shakespeare, downloaded once into the cache and checked."""
     path = cache_dir() / "shakespeare.txt"
-    if not path.exists():
+    if path.exists():
+        _check_shakespeare(path.read_bytes(), f"{path} is", f"Remove {path}.")
+    else:
+        put = f"Put the file at {path}, or train on `python-docs`, which is already on this machine."
         try:
             with urllib.request.urlopen(SHAKESPEARE_URL, timeout=20) as answer:
                 content = answer.read()
-        except OSError as error:
-            raise UserError(
-                f"Tiny Shakespeare could not be downloaded from {SHAKESPEARE_URL} ({error}).",
-                f"Put the file at {path}, or train on `python-docs`, which is already on this machine.",
-            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f"Tiny Shakespeare could not be downloaded from {SHAKESPEARE_URL} ({error}).", put) from error
+        _check_shakespeare(content, f"{SHAKESPEARE_URL} gave what is", put)
         with replacing(path) as unfinished:
             unfinished.write_bytes(content)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != SHAKESPEARE_SHA256:
-        raise UserError(f"{path} is not Tiny Shakespeare: its SHA-256 is {found[:16]}…, not {SHAKESPEARE_SHA256[:16]}….", f"Remove {path}.")
     return [_file("shakespeare", path)]
 
 
-def _likely_encoding(sample: bytes) -> str:
-    """A guess for a message: which encoding the bytes around an error may be in."""
-    if sample.count(0) > len(sample) // 4:
-        return "utf-16-le" if sample[1::2].count(0) >= sample[::2].count(0) else "utf-16-be"
-    runs = "".join("x" if byte > 0x7F else " " for byte in sample).split()
-    if sum(map(len, runs)) < 2 * len(runs):  # single accented letters between plain ones
-        return "cp1252"
-    for encoding, share in (("shift_jis", "\u3040\u30ff"), ("euc_kr", "\uac00\ud7a3"), ("gb18030", "\u4e00\u9fff")):
-        letters = [letter for letter in sample.decode(encoding, errors="ignore") if letter > "\x7f"]
-        if letters and sum(share[0] <= letter <= share[1] for letter in letters) > len(letters) / 3:
-            return encoding
-    return "cp1251"
+def _check_shakespeare(content: bytes, what: str, fix: str) -> None:
+    found = hashlib.sha256(content).hexdigest()
+    if found != SHAKESPEARE_SHA256:
+        raise UserError(f"{what} not Tiny Shakespeare: its SHA-256 is {found[:16]}…, not {SHAKESPEARE_SHA256[:16]}….", fix)
+
+
+def _codec(encoding: str) -> str:
+    """Python's own name of an encoding. Errors: `UserError` when it has none of that name for text."""
+    try:
+        "".encode(encoding)
+        return codecs.lookup(encoding).name
+    except (LookupError, ValueError):
+        raise UserError(f"Python knows no encoding {encoding!r}.", "Try --encoding utf-8, utf-16, cp1252, …") from None
+
+
+def _likely_encoding(sample: bytes, failed: str) -> str | None:
+    """A guess for a message: which encoding the bytes around an error may be in, by how many of its letters are frequent ones."""
+    whole_lines = [line for line in sample.split(b"\n")[1:-1] if not line.isascii()]
+    whole = b"\n".join(whole_lines) or sample  # which may begin and end within a character
+    scores: dict[str, float] = {}
+    for encoding, (frequent, usual) in FREQUENT.items():
+        letters = [letter for letter in whole.decode(encoding, errors="replace") if letter > "\x7f"]
+        if encoding != failed and "\ufffd" not in letters[1:-1]:
+            share = sum(letter in frequent for letter in letters) / len(letters) if letters else 0.0
+            scores[encoding] = min(1.0, share / usual)
+    best = max(scores, key=lambda encoding: scores[encoding], default=None)
+    return best if best and scores[best] > 0.3 else None
 
 
 def _cure(head: bytes) -> str:
-    if b"\0" in head and not head.startswith(tuple(SIGNATURES)):
-        encoding = _likely_encoding(head[:4000])
-        if encoding.startswith("utf-16"):
-            return f"If it is UTF-16 without its mark, add --encoding {encoding}."
+    """What to do with a file that is not plain text."""
+    if not head.startswith(tuple(SIGNATURES)):
+        even = head[: len(head) // 2 * 2]
+        spaces = {encoding: even.decode(encoding, errors="ignore").count(" ") for encoding in ("utf-16-le", "utf-16-be")}
+        likely = max(spaces, key=lambda encoding: spaces[encoding])
+        if spaces[likely] > len(even) / 60:
+            return f"If it is UTF-16 without its mark, add --encoding {likely}."
     return "Convert it to plain text first (open it in its own program and save as .txt, UTF-8), then train on that file."
 
 

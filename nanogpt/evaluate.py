@@ -123,7 +123,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a run went: "undertrained", "healthy" or "overfitted", and a plain sentence that says why."""
+    """How a run went: "undertrained", "healthy", "overfitted" or "diverged", and a plain sentence that says why."""
 
     kind: str
     sentence: str
@@ -135,42 +135,45 @@ class Verdict:
 def verdict(history: Sequence[Point], baselines: dict[str, float]) -> Verdict:
     """Judge a run by its evaluations.
 
-    Overfitted: the last validation loss is at least 1 % above the best, and training went on falling. Undertrained: by the trend over the
-    second half (the loss as a straight line in the logarithm of the step), doubling the steps would win another 1 %, or
-    the trigram baseline is not beaten yet. Healthy: neither.
+    Overfitted or diverged: the last validation loss is at least 1 % above the best, while the training loss went on falling, or rose too.
+    Undertrained: by the trend over the second half (the loss as a straight line in the logarithm of the step), doubling the
+    steps would win another 1 %, or the trigram baseline is not beaten yet. Healthy: none of these.
     """
     last, best = history[-1], min(history, key=lambda point: point.val_loss)
-    if last.val_loss > 1.01 * best.val_loss and last.train_loss < best.train_loss:
-        return Verdict(
-            "overfitted",
-            f"Overfitted: since step {best.step:,} it gets better only at the text it trains on (validation {best.val_loss:.3f} there, "
-            f"{last.val_loss:.3f} at the end). The model of step {best.step:,} is what was kept; more text, more dropout or a smaller model would help.",
-        )
-    gain = _gain_of_doubling(history)
-    counting = baselines.get("trigram", math.inf)
-    behind = best.val_loss > counting
-    if gain > 0.01 * last.val_loss or behind:
-        steps = 2 * last.step if not behind else max(2 * last.step, _steps_to(counting, history))
-        falling = f"validation still falls (about {gain:.2f} more for twice the steps)"
-        so_far = f"it is still behind the trigram baseline ({counting:.3f})" if behind else falling
-        return Verdict("undertrained", f"Undertrained: {so_far}. Train at least {steps / last.step:.0f} times as long: --steps {steps}.")
+    if last.val_loss > 1.01 * best.val_loss:
+        where = f"(validation {best.val_loss:.3f} there, {last.val_loss:.3f} at the end). The model of step {best.step:,} is what was kept"
+        if last.train_loss < best.train_loss:
+            cure = "more text, more dropout or a smaller model would help"
+            return Verdict("overfitted", f"Overfitted: since step {best.step:,} it gets better only at the text it trains on {where}; {cure}.")
+        return Verdict("diverged", f"Diverged: since step {best.step:,} it gets worse even at the text it trains on {where}; lower the learning rate.")
+    gain, counting = _gain_of_doubling(history), baselines.get("trigram", math.inf)
+    if best.val_loss > counting:
+        steps = max(2 * last.step, _steps_to(counting, history))
+        return _undertrained(f"it is still behind the trigram baseline ({counting:.3f})", steps / last.step, steps)
+    if gain is None:
+        return _undertrained("one evaluation shows no trend", 2, 2 * last.step)
+    if gain > 0.01 * last.val_loss:
+        return _undertrained(f"validation still falls (about {gain:.2f} more for twice the steps)", 2, 2 * last.step)
     return Verdict("healthy", f"Healthy: validation has levelled off at {best.val_loss:.3f} without overfitting; a larger model or more text comes next.")
 
 
-def _gain_of_doubling(history: Sequence[Point]) -> float:
-    """Nats that validation would fall if the steps were doubled, by the trend over the second half of the run."""
+def _undertrained(why: str, times: float, steps: int) -> Verdict:
+    return Verdict("undertrained", f"Undertrained: {why}. Train about {times:.0f} times as long: --steps {steps}.")
+
+
+def _gain_of_doubling(history: Sequence[Point]) -> float | None:
+    """Nats that validation would fall if the steps were doubled, by the trend over the second half of the run; None where there is none."""
     half = [point for point in history if point.step >= history[-1].step / 2]
-    if len(half) < 2:
-        half = list(history[-2:])
-    if len(half) < 2:
-        return math.inf
-    slope = np.polyfit([math.log(point.step) for point in half], [point.val_loss for point in half], 1)[0]
+    points = half if len(half) > 1 else history[-2:]
+    if len(points) < 2:
+        return None
+    slope = np.polyfit([math.log(point.step) for point in points], [point.val_loss for point in points], 1)[0]
     return float(-slope * math.log(2))
 
 
 def _steps_to(loss: float, history: Sequence[Point]) -> int:
     """Steps until the trend reaches `loss`, at most a hundred times those made, rounded to two digits."""
     gain, last = _gain_of_doubling(history), history[-1]
-    doublings = (last.val_loss - loss) / gain if 0 < gain < math.inf else 1.0
+    doublings = (last.val_loss - loss) / gain if gain and gain > 0 else 1.0
     steps = last.step * 2 ** min(doublings, math.log2(100))
     return int(float(f"{steps:.1e}"))

@@ -33,6 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    discard(unfinished)  # a killed process may have had the same number
     try:
         yield unfinished
         for file in [unfinished, *unfinished.rglob("*")] if unfinished.is_dir() else [unfinished]:

@@ -18,11 +18,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from nanogpt.config import TextConfig
-from nanogpt.corpus import BUILT_IN, CHUNK, Document, expand
+from nanogpt.corpus import CHUNK, Document, expand, findable
 from nanogpt.data import open_tokens, token_dtype
 from nanogpt.errors import UserError
 from nanogpt.evaluate import ngram_losses
-from nanogpt.files import cache_dir, replacing, require_space
+from nanogpt.files import cache_dir, discard, replacing, require_space
 from nanogpt.tokenizer import Tokenizer, train_tokenizer
 
 VERSION = 1  # of the prepared files: part of their name
@@ -54,21 +54,19 @@ def prepare(sources: Sequence[str], settings: TextConfig) -> Prepared:
     held_out = _Scan(validation)
     for _ in held_out:
         pass
-    key = [VERSION, scan.fingerprint, held_out.fingerprint, settings.tokenizer, settings.val_bytes]
+    key = [VERSION, scan.fingerprint, settings.val and held_out.fingerprint, settings.tokenizer, settings.val_bytes]
     folder = cache_dir() / "tokens" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
-    if not (folder / "about.json").is_file():
+    try:
+        prepared = open_prepared(folder)
+    except UserError:  # not there, or no longer whole
+        discard(folder)
         tokens = sum(scan.sizes) + sum(held_out.sizes)  # a token is a byte of the text or more of it
         require_space(folder, tokens * token_dtype(tokenizer.vocab_size).itemsize)
         with replacing(folder) as unfinished:
             unfinished.mkdir()
             _write(unfinished, scan, held_out, tokenizer, settings.val_bytes)
-    prepared = open_prepared(folder)
-    return replace(prepared, about=prepared.about | {"sources": [_findable(source) for source in sources]})
-
-
-def _findable(source: str) -> str:
-    """A source's name that means the same from every folder."""
-    return source if source == "-" or (source in BUILT_IN and not Path(source).exists()) else str(Path(source).absolute())
+        prepared = open_prepared(folder)
+    return replace(prepared, about=prepared.about | {"sources": [findable(source) for source in sources]})
 
 
 def open_prepared(folder: Path) -> Prepared:
@@ -77,8 +75,10 @@ def open_prepared(folder: Path) -> Prepared:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         tokenizer = Tokenizer.from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
         train, val = (open_tokens(folder / f"{split}.bin", tokenizer.vocab_size) for split in ("train", "val"))
+        if [len(train), len(val)] != [about["train_tokens"], about["val_tokens"]]:
+            raise ValueError("a token file was cut short")
     except (OSError, ValueError) as error:
-        raise UserError(f"The prepared text is no longer in {folder} ({error}).", "Name the text again, and it is prepared again.") from error
+        raise UserError(f"The prepared text is no longer whole in {folder} ({error}).", "Name the text again, and it is prepared again.") from error
     return Prepared(tokenizer, train, val, about | {"folder": str(folder)})
 
 
@@ -110,32 +110,28 @@ def _write(folder: Path, scan: _Scan, held_out: _Scan, tokenizer: Tokenizer, val
     room = min(total - total * 9 // 10, val_bytes)
     chosen = _choose(scan, room) if len(scan.documents) > 1 and not held_out.documents else set()
     if held_out.documents:
-        cut, split = total, "validated on the text given with --val"
+        cut, split = total, "the text given with --val is held out"
     elif chosen:
         cut, split = total, f"{len(chosen)} of {len(scan.documents)} documents, chosen by a hash of their names, are held out"
     else:
-        cut, split = total - room, f"the last {room:,} of {total:,} bytes are held out"
+        cut, split = total - room, "the last {val_bytes:,} of {total:,} bytes are held out"
     dtype, done = token_dtype(tokenizer.vocab_size), 0
     with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
         for i, document in enumerate(scan.documents):
-            ends = len(scan.documents) > 1
-            if i in chosen:
-                _encode(document, tokenizer, dtype, [(val, scan.sizes[i])], ends)
-            else:
-                here = min(max(cut - done, 0), scan.sizes[i])
-                _encode(document, tokenizer, dtype, [(train, here), (val, scan.sizes[i] - here)], ends)
+            files = [val] if i in chosen or cut <= done else [train, val]
+            _encode(document, tokenizer, dtype, files, cut - done, ends=len(scan.documents) > 1)
             done += scan.sizes[i]
-        for size, document in zip(held_out.sizes, held_out.documents, strict=True):
-            _encode(document, tokenizer, dtype, [(val, size)], len(held_out.documents) > 1)
+        for document in held_out.documents:
+            _encode(document, tokenizer, dtype, [val], 0, ends=len(held_out.documents) > 1)
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8", newline="")
-    mapped = [_mapped(folder / f"{name}.bin", tokenizer.vocab_size) for name in ("train", "val")]
-    counts = [_count(tokens, tokenizer.vocab_size) for tokens in mapped]
+    counts = [_count(folder / f"{name}.bin", tokenizer.vocab_size) for name in ("train", "val")]
     _require_enough(*counts)
+    mapped = [open_tokens(folder / f"{name}.bin", tokenizer.vocab_size) for name in ("train", "val")]
     lengths = np.array([len(spelled) for spelled in tokenizer.token_bytes])
     lengths[tokenizer.end] = 0  # it stands for no text
+    sizes = {"train_bytes": int(counts[0] @ lengths), "val_bytes": int(counts[1] @ lengths)}
     about = {
-        "fingerprint": scan.fingerprint, "documents": len(scan.documents), "split": split,
-        "train_bytes": int(counts[0] @ lengths), "val_bytes": int(counts[1] @ lengths),
+        "fingerprint": scan.fingerprint, "documents": len(scan.documents), "split": split.format(total=total, **sizes), **sizes,
         "symbols": int(np.count_nonzero(counts[0])), "train_tokens": len(mapped[0]), "val_tokens": len(mapped[1]),
         "baselines": ngram_losses(*mapped), "unused": _ranges(counts[0] == 0),
     }  # fmt: skip
@@ -153,31 +149,29 @@ def _choose(scan: _Scan, room: int) -> set[int]:
     return chosen if size >= room / 2 else set()
 
 
-def _encode(document: Document, tokenizer: Tokenizer, dtype: np.dtype, parts: list[tuple[BinaryIO, int]], ends: bool) -> None:
-    """Write a document's tokens: the first bytes of it to the first file, and so on; then the token that ends a document."""
-    parts = [part for part in parts if part[1] > 0] or parts[:1]
-    (file, left), *rest = parts
+def _encode(document: Document, tokenizer: Tokenizer, dtype: np.dtype, files: Sequence[BinaryIO], cut: int, ends: bool) -> None:
+    """Write a document's tokens to the first file; what comes after `cut` bytes of it to the second, if there is one; then the token that ends a document."""
+    file, *rest = files
     for chunk in document.chunks():
-        while rest and len(utf8 := chunk.encode()) >= left:
-            head = utf8[:left].decode(errors="ignore")  # a character that the cut would split goes to the next file
-            tokenizer.encode_array(head).astype(dtype).tofile(file)
-            chunk = chunk[len(head) :]
-            (file, left), *rest = rest
+        utf8 = chunk.encode()
+        if rest and len(utf8) > cut:
+            while cut < len(utf8) and utf8[cut] & 0xC0 == 0x80:  # within a character, which stays whole
+                cut += 1
+            tokenizer.encode_array(utf8[:cut].decode()).astype(dtype).tofile(file)
+            chunk, file, rest = utf8[cut:].decode(), rest[0], []
         tokenizer.encode_array(chunk).astype(dtype).tofile(file)
-        left -= len(chunk.encode())
+        cut -= len(utf8)
     if ends:
         np.array([tokenizer.end], dtype).tofile(file)
 
 
-def _mapped(path: Path, vocab_size: int) -> np.ndarray:
-    """The tokens of a file, which may be empty, though an empty file cannot be mapped."""
-    return open_tokens(path, vocab_size) if path.stat().st_size else np.empty(0, token_dtype(vocab_size))
-
-
-def _count(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """(V,) how often each token occurs."""
-    pieces = (tokens[i : i + CHUNK] for i in range(0, len(tokens), CHUNK))
-    return sum((np.bincount(piece, minlength=vocab_size) for piece in pieces), np.zeros(vocab_size, np.int64))
+def _count(path: Path, vocab_size: int) -> np.ndarray:
+    """(V,) how often each token occurs in a file, which may be empty."""
+    counts = np.zeros(vocab_size, np.int64)
+    with path.open("rb") as file:
+        while len(piece := np.fromfile(file, token_dtype(vocab_size), CHUNK)):
+            counts += np.bincount(piece, minlength=vocab_size)
+    return counts
 
 
 def _ranges(mask: np.ndarray) -> list[tuple[int, int]]:

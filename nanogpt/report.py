@@ -122,10 +122,8 @@ def _append(path: Path, event: Stepped | Evaluated | Sampled) -> None:
 
 def _cut(path: Path, step: int) -> None:
     """Drop what was written after `step`, which will happen again, and a last line that a killed process left unfinished."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
+    whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    kept = [line + "\n" for line in whole_lines if json.loads(line)["step"] <= step]
     write_text(path, "".join(kept))
 
 

@@ -40,8 +40,9 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"This is not a tokenizer.json: {error}.") from error
-        if backend.token_to_id(END) is None or backend.token_to_id(BYTES[0]) is None:
-            raise UserError(f"This tokenizer.json was not made by nanogpt: it lacks the tokens {END} and {BYTES[0]}.")
+        letters = sorted(name for name in backend.get_vocab() if len(name) == 1)
+        if backend.to_str() != _of_letters(letters).to_str():
+            raise UserError("This tokenizer.json was not made by nanogpt: its tokens are not characters, then the 256 bytes, then the end of a document.")
         return cls(backend)
 
     def to_json(self) -> str:
@@ -69,7 +70,10 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the tokens. Bytes that spell no character come out as U+FFFD."""
+        """The text of the tokens. Bytes that spell no character come out as U+FFFD. Errors: `UserError` for what is no token."""
+        ids = list(ids)
+        if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
+            raise UserError(f"There is no token {wrong[0]}: the vocabulary goes from 0 to {self.vocab_size - 1}.")
         return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
 
     @cached_property
@@ -99,7 +103,11 @@ def _char(chunks: Iterable[str]) -> tokenizers.Tokenizer:
     seen = np.zeros(CODE_POINTS, bool)
     for chunk in chunks:
         seen[np.frombuffer(chunk.encode("utf-32-le"), np.uint32)] = True
-    vocabulary = [chr(point) for point in np.flatnonzero(seen)] + BYTES + [END]
+    return _of_letters([chr(point) for point in np.flatnonzero(seen)])
+
+
+def _of_letters(letters: list[str]) -> tokenizers.Tokenizer:
+    vocabulary = letters + BYTES + [END]
     model = models.BPE(vocab={name: i for i, name in enumerate(vocabulary)}, merges=[], byte_fallback=True)
     backend = tokenizers.Tokenizer(model)
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])

@@ -1,13 +1,20 @@
 """What tests share: a cache of their own, tiny models, and a text that can be learned from."""
 
+import os
 import random
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tiny tensors only lose by a second thread
+
+import hypothesis
 import pytest
 import torch
 
 from nanogpt import checkpoint
 from nanogpt.config import MachineConfig, ModelConfig
 from nanogpt.machine import choose
+
+hypothesis.settings.register_profile("nanogpt", deadline=None)  # no test depends on speed
+hypothesis.settings.load_profile("nanogpt")
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 16, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 5}
 

@@ -139,7 +139,7 @@ def test_a_small_rise_or_one_that_training_shares_is_not_overfitting(last):
 def test_a_run_that_still_gets_better_is_undertrained():
     judged = verdict([Point(2**n, 5 - 0.2 * n, 5 - 0.1 * n) for n in range(1, 11)], {"trigram": 4.5})
     assert judged.kind == "undertrained"
-    assert judged.sentence == "Undertrained: validation still falls (about 0.10 more for twice the steps). Train at least 2 times as long: --steps 2048."
+    assert judged.sentence == "Undertrained: validation still falls (about 0.10 more for twice the steps). Train about 2 times as long: --steps 2048."
 
 
 @pytest.mark.parametrize(("trigram", "steps"), [(3.95, 2048), (3.8, 4100), (3.5, 33_000), (0.5, 100_000)])
@@ -147,7 +147,7 @@ def test_a_run_behind_mere_counting_is_told_how_long_the_trend_takes_to_catch_up
     judged = verdict([Point(512, 4.0, 4.1), Point(1024, 3.9, 4.0)], {"trigram": trigram})
     assert judged.kind == "undertrained"
     assert judged.sentence == (
-        f"Undertrained: it is still behind the trigram baseline ({trigram:.3f}). Train at least {steps / 1024:.0f} times as long: --steps {steps}."
+        f"Undertrained: it is still behind the trigram baseline ({trigram:.3f}). Train about {steps / 1024:.0f} times as long: --steps {steps}."
     )
 
 
@@ -169,18 +169,16 @@ histories = st.dictionaries(st.integers(1, 10**6), st.tuples(losses, losses), mi
 @given(histories, st.just({}) | st.builds(lambda loss: {"trigram": loss}, losses))
 def test_every_history_has_a_verdict(points, baselines):
     judged = verdict(points, baselines)
-    assert judged.kind in ("undertrained", "healthy", "overfitted")
+    assert judged.kind in ("undertrained", "healthy", "overfitted", "diverged")
     assert judged.sentence.lower().startswith(judged.kind)
     if judged.kind == "undertrained":
         steps = int(judged.sentence.rpartition("--steps ")[2].rstrip("."))
         assert 2 * points[-1].step <= steps <= 105 * points[-1].step
 
 
-@pytest.mark.xfail(strict=True, reason="one evaluation has no trend, and the gain of more steps is said to be infinite")
 def test_one_evaluation_is_judged_without_a_trend():
     assert "inf" not in verdict([Point(10, 2.0, 2.0)], {}).sentence.split()
 
 
-@pytest.mark.xfail(strict=True, reason="only a falling training loss makes a rising validation loss remarkable")
 def test_a_run_that_came_apart_is_not_healthy():
     assert verdict(history((2.0, 2.0), (3.0, 3.0), (4.0, 4.0)), {"trigram": 3.0}).kind != "healthy"
