@@ -1,8 +1,8 @@
 """Nano-GPT: train a GPT on your own text, on the machine you have.
 
-    import nanogpt
-    model = nanogpt.train("book.txt")            # or nanogpt.load("runs/book")
-    print("".join(model.stream("Once upon", seed=1)))
+import nanogpt
+model = nanogpt.train("book.txt")  # or nanogpt.load("runs/book")
+print("".join(model.stream("Once upon", seed=1)))
 """
 
 from typing import Any

@@ -58,9 +58,7 @@ def pick(logits: Tensor, settings: SamplingConfig, generator: torch.Generator) -
 
 
 @torch.inference_mode()
-def tokens(
-    model: GPT, prompt: Sequence[int], settings: SamplingConfig, seed: int, machine: Machine, unused: Ranges = (), cached: bool = True
-) -> Iterator[int]:
+def tokens(model: GPT, prompt: Sequence[int], settings: SamplingConfig, seed: int, machine: Machine, unused: Ranges = (), cached: bool = True) -> Iterator[int]:
     """Continue `prompt` (at least one id) by up to `max_tokens` ids; those in `unused` are never drawn.
 
     The model sees the ids since `start`. When they outgrow the context, `start` moves so that half a context is left, which

@@ -120,4 +120,3 @@ KINDS: dict[str, Callable[[Iterable[str]], tokenizers.Tokenizer]] = {"char": _ch
 def train_tokenizer(kind: str, chunks: Iterable[str]) -> Tokenizer:
     """Make the tokenizer of a text, given in pieces that are read once; `kind` is a row of `KINDS`."""
     return Tokenizer(KINDS[kind](chunks))
-

@@ -169,7 +169,6 @@ class Trainer:
         saved = checkpoint.latest_step(self.run)
         kept = f"The last good state, step {saved:,}, is in {self.run}" if saved else "Nothing had been saved yet"
         return UserError(
-            f"The loss is no longer a number: {loss} in step {self.position.step + 1:,}, at learning rate {rate:.2g}, "
-            f"gradient norm {grad_norm:.3g}. {kept}.",
+            f"The loss is no longer a number: {loss} in step {self.position.step + 1:,}, at learning rate {rate:.2g}, gradient norm {grad_norm:.3g}. {kept}.",
             f"Train again with a lower learning rate: --learning-rate {self.settings.learning_rate / 10:.2g} --overwrite",
         )
