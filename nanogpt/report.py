@@ -132,11 +132,11 @@ class Terminal:
 
     def __init__(self, file: TextIO | None = None):
         self.console = Console(file=file or sys.stdout, highlight=False, soft_wrap=True)
-        columns = [BarColumn(bar_width=20), TextColumn("{task.description}")]
-        self.progress = Progress(*columns, console=self.console, transient=True, refresh_per_second=4)
+        bar = [BarColumn(bar_width=20)] if self.console.width >= 110 else []
+        self.progress = Progress(*bar, TextColumn("{task.description}"), console=self.console, transient=True, refresh_per_second=4)
         self.task = self.progress.add_task("", total=None)
         self.train_loss = self.val_loss = math.nan
-        self.last_line = self.begin = 0.0
+        self.last_line = self.begin = self.speed = 0.0
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -171,14 +171,14 @@ class Terminal:
         }
         for name, value in rows.items():
             self.console.print(f"[bold]{name:8}[/bold] {escape(value)}")
-        self.console.print()
+        self.console.print("Losses are in nats per token, and in brackets in bits per byte.\n")
         if self.console.is_terminal:
             self.progress.start()
 
     def stepped(self, event: Stepped) -> None:
         fresh = math.isnan(self.train_loss)
         self.train_loss = event.train_loss if fresh else 0.95 * self.train_loss + 0.05 * event.train_loss
-        self.speed = event.tokens_per_second
+        self.speed = event.tokens_per_second if fresh else 0.95 * self.speed + 0.05 * event.tokens_per_second
         left, now = self.left(event.step), time.perf_counter()
         if event.step == min(self.first + 4, self.steps):
             each = (now - self.begin) / (event.step - self.first)
@@ -198,10 +198,7 @@ class Terminal:
 
     def describe(self, step: int, train_loss: float, left: float) -> str:
         val = "" if math.isnan(self.val_loss) else f"  val {self.val_loss:.3f} ({self.val_loss * self.bits:.3f})"
-        return (
-            f"step {step:,}/{self.steps:,}  {self.speed:,.0f} tokens/s  train {train_loss:.3f} nats ({train_loss * self.bits:.3f} bits/byte)"
-            f"{val}  {duration(left)} left"
-        )
+        return f"{step:,}/{self.steps:,}  {self.speed:,.0f} tok/s  train {train_loss:.3f} ({train_loss * self.bits:.3f}){val}  {duration(left)} left"
 
     def finished(self, event: Finished) -> None:
         self.console.print(loss_table(event.loss, event.baselines, f"this model (step {event.best_step:,})"))
