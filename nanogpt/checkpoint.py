@@ -4,7 +4,7 @@ In: a model, its tokenizer, an optimiser. Out: files that are whole or absent, a
 Refuses: pickles, files that were cut short or changed, folders that hold something else.
 
 Model file: `model.safetensors`, the weights, with one JSON object under "nanogpt" in its header: "format_version", "model" (the
-settings), "tokenizer" (a tokenizer.json), "summary" (how training went) and "sha256" (of the tensors, in order of name).
+settings), "tokenizer" (a tokenizer.json), "summary" (how training went) and "sha256" (of all that and the tensors).
 Run folder: config.toml, text.json, metrics.jsonl, samples.jsonl, model.safetensors (the best by validation loss) and
 state/STEP/ (the last: weights, optimiser, position), where state/latest names the STEP that is valid.
 """
@@ -30,7 +30,7 @@ from nanogpt.optim import load_state_tensors, state_tensors
 from nanogpt.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
-RUN_FILES = {"config.toml", "text.json", "metrics.jsonl", "samples.jsonl", "model.safetensors", "state"}
+RUN_FILES = {"config.toml", "text.json", "metrics.jsonl", "samples.jsonl", "model.safetensors", "state", ".lock"}
 PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 
 
@@ -61,15 +61,16 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Parts:
     """
     file = model_file(Path(path))
     about, tensors = _read_tensors(file)
-    if about.get("format_version", 0) > FORMAT_VERSION:
-        raise UserError(f"{file} was written by a newer nanogpt (format {about['format_version']}).", "pip install --upgrade nanogpt")
     try:
+        if about["format_version"] > FORMAT_VERSION:
+            raise UserError(f"{file} was written by a newer nanogpt (format {about['format_version']}).", "pip install --upgrade nanogpt")
         tokenizer = Tokenizer.from_json(about["tokenizer"])
         model = empty_model(ModelConfig.model_validate(about["model"]), tokenizer.vocab_size, device)
         model.load_state_dict(tensors)
-    except (KeyError, RuntimeError, ValidationError) as error:
-        raise UserError(f"{file} does not hold a model that this nanogpt understands: {error}.") from error
-    return Parts(model.eval(), tokenizer, about["summary"])
+        summary = {"unused": [], **about["summary"]}
+    except (KeyError, TypeError, RuntimeError, ValidationError) as error:
+        raise UserError(f"{file} does not hold a model that this nanogpt understands: {error!r}.") from error
+    return Parts(model.eval(), tokenizer, summary)
 
 
 def empty_model(config: ModelConfig, vocab_size: int, device: torch.device | str) -> GPT:
@@ -95,30 +96,34 @@ def model_file(path: Path) -> Path:
 
 
 def require_run_folder(run: Path, *, resume: bool, overwrite: bool) -> None:
-    """See that a run may write into the folder: an empty one, or one that holds a run to go on with or to replace.
+    """See that a run may write into the folder: a new or empty one, or one that holds a run to go on with or to replace.
 
     Errors: `UserError` when it may not, with what is there.
     """
-    there = {file.name for file in run.iterdir()} if run.is_dir() else {run.name} if run.exists() else set()
-    foreign = sorted(name for name in there if name not in RUN_FILES and not name.endswith(".unfinished"))
-    if foreign:
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run.absolute()} is a file, not a folder.", "Choose another folder with --out FOLDER.")
+    there = {file.name for file in run.iterdir()} - {".lock"} if run.is_dir() else set()
+    if not there:
+        return
+    if "config.toml" not in there:
         raise UserError(
-            f"{run.absolute()} is not a run of nanogpt: it holds {', '.join(foreign[:5])}. Nothing was touched.",
+            f"{run.absolute()} is not a run of nanogpt: it holds {', '.join(sorted(there)[:5])}. Nothing was touched.",
             "Choose another folder with --out FOLDER.",
         )
-    if there and not (resume or overwrite):
-        step = latest_step(run)
+    step = latest_step(run)
+    if not (resume or overwrite):
         raise UserError(
             f"{run.absolute()} already holds a run" + (f", saved at step {step:,}." if step else "."),
             "Go on with it: --resume. Replace it: --overwrite. Keep it: --out ANOTHER_FOLDER.",
         )
+    if resume and step is None and there & {"model.safetensors", "state"}:
+        raise UserError(f"{run.absolute()} holds a run whose saved state is missing or damaged.", "Replace it: --overwrite. Keep it: --out ANOTHER_FOLDER.")
 
 
 def clear_run_folder(run: Path) -> None:
-    """Remove what an older run, and whatever was killed while it wrote there, left in the folder."""
-    for file in run.iterdir() if run.is_dir() else ():
-        if file.name in RUN_FILES or file.name.endswith(".unfinished"):
-            discard(file)
+    """Remove the files of an older run; what else is in the folder stays."""
+    for name in RUN_FILES - {".lock"}:
+        discard(run / name)
 
 
 def save_state(run: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, position: dict[str, Any]) -> None:
@@ -147,9 +152,12 @@ def load_state(run: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict[
     Errors: `UserError` when a file of it is damaged.
     """
     folder = run / "state" / str(latest_step(run))
-    model.load_state_dict(_read_tensors(folder / "weights.safetensors")[1])
-    load_state_tensors(model, optimizer, _read_tensors(folder / "optimizer.safetensors")[1])
-    return json.loads((folder / "position.json").read_text(encoding="utf-8"))
+    try:
+        model.load_state_dict(_read_tensors(folder / "weights.safetensors")[1])
+        load_state_tensors(model, optimizer, _read_tensors(folder / "optimizer.safetensors")[1])
+        return json.loads((folder / "position.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"The state in {folder.absolute()} is damaged: {error}.", "Train anew: --overwrite, or --out ANOTHER_FOLDER.") from error
 
 
 def latest_step(run: Path) -> int | None:
@@ -163,7 +171,7 @@ def latest_step(run: Path) -> int | None:
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     tensors = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    header = json.dumps(about | {"sha256": _digest(tensors)})
+    header = json.dumps(about | {"sha256": _digest(about, tensors)})
     with replacing(path) as unfinished:
         try:
             save_file(tensors, unfinished, metadata={"nanogpt": header})
@@ -173,7 +181,9 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]
 
 def _read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with path.open("rb") as stream:
-        head = stream.read(8)
+        head = stream.read(9)
+    if path.suffix not in PICKLES and path.suffix != ".safetensors" and head[8:9] != b"{" and not head.startswith((b"PK", b"\x80")):
+        raise UserError(f"{path.absolute()} is not a model file.", "Give it a model.safetensors or a run folder that nanogpt made.")
     if path.suffix in PICKLES or head[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
         raise UserError(
             f"{path.absolute()} is a pickle. Loading one can run any program that its author put in, so nanogpt never does.",
@@ -187,13 +197,14 @@ def _read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise _damaged(path, f"{path.stat().st_size:,} bytes are there, but they are not a whole safetensors file ({error})") from error
     if about is None:
         raise UserError(f"{path.absolute()} is a safetensors file, but none that nanogpt made: its header lacks the model's settings and tokenizer.")
-    if (found := _digest(tensors)) != about["sha256"]:
-        raise _damaged(path, f"the SHA-256 of its tensors is {found[:16]}…, and was {about['sha256'][:16]}… when it was written")
+    written = about.pop("sha256", "missing")
+    if (found := _digest(about, tensors)) != written:
+        raise _damaged(path, f"its SHA-256 is {found[:16]}…, and was {written[:16]}… when it was written")
     return about, tensors
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)

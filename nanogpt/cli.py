@@ -4,6 +4,7 @@ In: words. Out: an exit code: 0; 2 for a `UserError`; 130 or 143 after a signal.
 """
 
 import json
+import re
 import signal
 import sys
 import warnings
@@ -40,7 +41,7 @@ def train(
     out
         The run folder. [default: runs/NAME, by the name of the text]
     config
-        A TOML file of settings, such as the config.toml of another run; flags go before it.
+        A TOML file of settings, such as the config.toml of another run; flags override it.
     resume
         Go on with the run in the folder, exactly where it was saved; it needs no text.
     overwrite
@@ -51,7 +52,7 @@ def train(
     terminal = report.Terminal()
     if out is None and not text:
         raise UserError("Which text?", "nanogpt train TEXT, or nanogpt train --resume --out RUN.")
-    run = out or Path("runs") / (Path(text[0]).stem.strip("-*") or "text")
+    run = out or Path("runs") / _run_name(text[0])
     try:
         library.train(text, run, config=config, resume=resume, overwrite=overwrite, on_event=terminal, **flatten(settings, explicit=True))
     finally:
@@ -82,12 +83,16 @@ def sample(
     as_json
         One JSON object instead of text.
     """
-    from nanogpt import library
+    from nanogpt import library, report
 
+    if n < 1:
+        raise UserError(f"--n {n} asks for no text.", "Use --n 1 or more.")
     if prompt is not None and prompt_file is not None:
         raise UserError("Both --prompt and --prompt-file were given.", "Leave one of them out.")
     if prompt_file is not None:
         prompt = _read_prompt(prompt_file)
+    _end_quietly_with_the_reader()
+    show = report.printable if sys.stdout.isatty() else str
     loaded = library.load(model, **machine.model_dump(exclude_unset=True))
     first = library.new_seed() if seed is None else seed
     if seed is None and not as_json:
@@ -101,9 +106,9 @@ def sample(
             continue
         if n > 1:
             print(f"--- {i + 1} of {n}, seed {first + i} ---")
-        print(prompt or "", end="")
+        print(show(prompt or ""), end="")
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(show(piece), end="", flush=True)
         print()
     if as_json:
         print(json.dumps({"prompt": prompt or "", "samples": texts}, ensure_ascii=False))
@@ -129,6 +134,7 @@ def evaluate(
     """
     from nanogpt import library, report
 
+    _end_quietly_with_the_reader()
     result = library.load(model, **machine.model_dump(exclude_unset=True)).evaluate(*text, context_length=context_length)
     if as_json:
         numbers = {"val_loss": result.val_loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens, "baselines": result.baselines}
@@ -141,10 +147,11 @@ def main(words: list[str] | None = None) -> None:
     """Run a command and leave with its exit code."""
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", Notice)
-    for stream in (sys.stdout, sys.stderr):  # a Windows console may know fewer characters than the text
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    if hasattr(signal, "SIGPIPE"):  # `nanogpt sample … | head` ends quietly
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    for stream in (sys.stdout, sys.stderr):
+        if stream.isatty():  # a console may know fewer characters than the text
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        elif hasattr(stream, "reconfigure"):  # a file gets the text as it is
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
     try:
         app(_dash_last(sys.argv[1:] if words is None else words))
     except CycloptsError as error:
@@ -152,23 +159,39 @@ def main(words: list[str] | None = None) -> None:
         _fail("\n".join(explain(cause)) if isinstance(cause, ValidationError) else str(error))
     except UserError as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def _dash_last(words: list[str]) -> list[str]:
     """Put a lone "-", standard input, behind "--", where cyclopts takes it for a text and not for an option."""
-    dashes = [i for i, word in enumerate(words) if word == "-" and words[i - 1] not in ("--prompt", "--prompt-file", "--stop")]
-    if not dashes or "--" in words:
+    switches = ("--resume", "--overwrite", "--json", "--strict")
+    texts = [i for i, word in enumerate(words) if word == "-" and (not words[i - 1].startswith("--") or words[i - 1] in switches)]
+    if not texts or "--" in words:
         return words
-    return [word for i, word in enumerate(words) if i not in dashes] + ["--", "-"]
+    return [word for i, word in enumerate(words) if i not in texts] + ["--", "-"]
 
 
 def _read_prompt(name: str) -> str:
     """The text of a file, or of standard input for "-"; the line end that an editor puts behind the last line is not part of it."""
     from nanogpt.corpus import expand
 
-    return "".join(chunk for document in expand([name]) for chunk in document.chunks()).removesuffix("\n")
+    if name != "-" and not Path(name).is_file():
+        raise UserError(f"There is no prompt file {Path(name).absolute()}.", 'Give the prompt itself with --prompt "...".')
+    return "".join(expand([name])[0].chunks()).removesuffix("\n").removesuffix("\r")
+
+
+def _run_name(text: str) -> str:
+    """What a run is called when nobody named it: as its first text, in characters that every system allows in a file name."""
+    return re.sub(r"[^\w.-]+", "-", "stdin" if text == "-" else Path(text).resolve().stem).strip("-.") or "text"
+
+
+def _end_quietly_with_the_reader() -> None:
+    """`nanogpt sample … | head` ends with head, without a traceback."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def _fail(message: str) -> None:

@@ -68,13 +68,13 @@ class TrainingConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     """Highest learning rate; after the warm-up it falls to a tenth along a cosine."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
-    """Steps over which the learning rate rises to its highest."""
+    """Steps over which the learning rate rises to its highest; at most a tenth of the run."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """AdamW's pull of the matrices towards zero."""
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
-    """Longest gradient that is applied whole; 0 is off."""
+    """Gradients longer than this are scaled down to it; 0 is off."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1337
-    """Fixes the first weights, the order of the text, dropout and samples."""
+    """Fixes the initial weights, the order of the text, dropout and samples."""
     eval_every: Annotated[int, Field(ge=1)] = 250
     """Steps between evaluations; each also prints a sample and saves."""
     patience: Annotated[int, Field(ge=0)] = 0
@@ -114,7 +114,7 @@ class SamplingConfig(Section):
     """Draw from the likeliest tokens that together have this probability."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Draw from tokens at least this share as likely as the likeliest."""
-    stop: Annotated[tuple[str, ...], Parameter(negative="", allow_leading_hyphen=True)] = ()
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Parameter(negative="", allow_leading_hyphen=True)] = ()
     """End before this text; may be given more than once."""
 
 
@@ -147,7 +147,7 @@ def _checked(
         config = kind.model_validate(content)
     except ValidationError as error:
         problems += explain(error)
-        wrong = {problem["loc"][-1] for problem in error.errors()}
+        wrong = {part for problem in error.errors() for part in problem["loc"]} - Config.model_fields.keys()
         config = kind.model_validate({key: _without(value, wrong) for key, value in content.items() if key not in wrong})
     problems += contradictions(config)
     if problems:
@@ -157,7 +157,8 @@ def _checked(
 
 def explain(error: ValidationError) -> list[str]:
     """Say what pydantic found in one line per problem: the setting, the value, the limit."""
-    return [f"{problem['loc'][-1]} = {problem['input']!r}: {problem['msg'].lower()}." for problem in error.errors()]
+    names = [[part for part in problem["loc"] if isinstance(part, str)][-1] for problem in error.errors()]  # other parts are places in a list
+    return [f"{name} = {problem['input']!r}: {problem['msg'].lower()}." for name, problem in zip(names, error.errors(), strict=True)]
 
 
 def flatten(config: BaseModel, *, explicit: bool = False) -> dict[str, Any]:

@@ -47,8 +47,9 @@ SIGNATURES = {  # how files that are not plain text begin
 }  # fmt: skip
 
 FREQUENT = {  # encodings that text may turn out to be in: frequent letters beyond ASCII, and the share of such letters they usually make up
-    "cp1252": ("éèàâêîôûçäöüßñáíóúåøæãõ“”‘’–—…«»¿¡°", 0.9),
-    "cp1251": ("оеаинтсрвлкмдпуя", 0.75), "koi8-r": ("оеаинтсрвлкмдпуя", 0.75), "cp1253": ("αοιετσνρκπμλη", 0.7),
+    "cp1252": ("éèàâêîôûçäöüßñáíóúåøæãõ“”‘’–—…«»¿¡°", 0.9), "cp1250": ("ěščřžýáíéúůďťňąęłńóśźż„”–", 0.9), "cp1254": ("ışğçöüİâ’", 0.9),
+    "cp1251": ("оеаинтсрвлкмдпуя", 0.75), "koi8-r": ("оеаинтсрвлкмдпуя", 0.75), "cp866": ("оеаинтсрвлкмдпуя", 0.75),
+    "cp1253": ("αοιετσνρκπμλη", 0.7), "cp1255": ("יוהלאתרבמנש", 0.75), "cp1256": ("اليمنرتبةعدسف", 0.7), "cp874": ("านรกเงอมย่ล", 0.5),
     "shift_jis": ("のにはをたがでてとしれさいあるっくかもなこら、。", 0.4), "euc_jp": ("のにはをたがでてとしれさいあるっくかもなこら、。", 0.4),
     "euc_kr": ("이다는을가의에고한로하은도지나서기를", 0.3), "gb18030": ("的一是不了在人有我他这中大来上国们到说和，。", 0.2),
     "big5": ("的一是不了在人有我他這中大來上國們到說和，。", 0.2),
@@ -111,9 +112,12 @@ class Document:
 
     def _undecodable(self, error: UnicodeDecodeError, encoding: str, at: int, line: int, cut_off: bool) -> UserError:
         likely = _likely_encoding(error.object[max(0, error.start - 2000) : error.start + 2000], encoding)
-        fix = f"It looks like {likely}: add --encoding {likely}." if likely else "Name its encoding with --encoding, or mend the file."
+        fix = "Name its encoding with --encoding, or repair the file."
         if cut_off:
-            fix = "The file seems to be cut off in the middle of a character: mend its end."
+            fix = "The file seems to be cut off in the middle of a character: repair its end."
+        elif likely:
+            there = error.object[max(0, error.start - 20) : error.start + 20].decode(likely, errors="ignore")
+            fix = f"It may be {likely}; the place would then read {there!r}. If that is right, add --encoding {likely}."
         return UserError(
             f"{self.path or self.name} is not {encoding.upper()}: byte 0x{error.object[error.start]:02x} at offset {at:,}, line {line:,} ({error.reason}).", fix
         )

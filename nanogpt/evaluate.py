@@ -14,7 +14,8 @@ from nanogpt.machine import Machine
 from nanogpt.model import GPT
 
 NGRAM_TOKENS = 10_000_000  # baselines are counted on at most so many tokens of the training split,
-NGRAM_CHUNK = 1_000_000  # and in pieces of so many, which bounds the memory
+NGRAM_CHUNK = 1_000_000  # and in pieces of so many, which bounds the memory,
+NGRAM_SCORED = 2_000_000  # and scored on at most so many of the validation split
 BATCH_TOKENS = 8192  # in one forward pass of an evaluation: more is no faster and takes more memory
 
 
@@ -66,9 +67,9 @@ def ngram_losses(train: np.ndarray, val: np.ndarray) -> dict[str, float]:
 
     Smoothing is Witten and Bell's (1991; Chen and Goodman 1998, section 2.5): a context seen c times with u different
     successors trusts its own counts with c / (c + u) and the shorter context with the rest. "uniform" spreads evenly
-    over the tokens that occur. Counted on the first `NGRAM_TOKENS` of `train`.
+    over the tokens that occur. Counted on the first `NGRAM_TOKENS` of `train`, scored on the first `NGRAM_SCORED` of `val`.
     """
-    train = train[:NGRAM_TOKENS]
+    train, val = train[:NGRAM_TOKENS], val[:NGRAM_SCORED]
     alphabet = np.unique(np.concatenate([np.unique(piece) for piece in (*_pieces(train, 1), val)]))
     val, size = np.searchsorted(alphabet, val), len(alphabet)
     losses = {"uniform": math.log(size)}
@@ -132,8 +133,8 @@ class Verdict:
         return asdict(self)
 
 
-def verdict(history: Sequence[Point], baselines: dict[str, float]) -> Verdict:
-    """Judge a run by its evaluations.
+def verdict(history: Sequence[Point], baselines: dict[str, float], kept: float | None = None) -> Verdict:
+    """Judge a run by its evaluations; `kept` is the loss of the best model on the whole split, where that is known.
 
     Overfitted or diverged: the last validation loss is at least 1 % above the best, while the training loss went on falling, or rose too.
     Undertrained: by the trend over the second half (the loss as a straight line in the logarithm of the step), doubling the
@@ -141,13 +142,13 @@ def verdict(history: Sequence[Point], baselines: dict[str, float]) -> Verdict:
     """
     last, best = history[-1], min(history, key=lambda point: point.val_loss)
     if last.val_loss > 1.01 * best.val_loss:
-        where = f"(validation {best.val_loss:.3f} there, {last.val_loss:.3f} at the end). The model of step {best.step:,} is what was kept"
+        where = f"(validation {best.val_loss:.3f} there, {last.val_loss:.3f} at the end). The model saved is that of step {best.step:,}"
         if last.train_loss < best.train_loss:
             cure = "more text, more dropout or a smaller model would help"
-            return Verdict("overfitted", f"Overfitted: since step {best.step:,} it gets better only at the text it trains on {where}; {cure}.")
-        return Verdict("diverged", f"Diverged: since step {best.step:,} it gets worse even at the text it trains on {where}; lower the learning rate.")
+            return Verdict("overfitted", f"Overfitted: since step {best.step:,} it improves only on the training text {where}; {cure}.")
+        return Verdict("diverged", f"Diverged: since step {best.step:,} it gets worse even on the training text {where}; lower the learning rate.")
     gain, counting = _gain_of_doubling(history), baselines.get("trigram", math.inf)
-    if best.val_loss > counting:
+    if (best.val_loss if kept is None else kept) > counting:
         steps = max(2 * last.step, _steps_to(counting, history))
         return _undertrained(f"it is still behind the trigram baseline ({counting:.3f})", steps / last.step, steps)
     if gain is None:
@@ -158,7 +159,7 @@ def verdict(history: Sequence[Point], baselines: dict[str, float]) -> Verdict:
 
 
 def _undertrained(why: str, times: float, steps: int) -> Verdict:
-    return Verdict("undertrained", f"Undertrained: {why}. Train about {times:.0f} times as long: --steps {steps}.")
+    return Verdict("undertrained", f"Undertrained: {why}. Train about {times:.0f} times as long: --resume --steps {steps}.")
 
 
 def _gain_of_doubling(history: Sequence[Point]) -> float | None:

@@ -6,8 +6,10 @@ Refuses: to begin what does not fit on the disk.
 
 import errno
 import os
+import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,12 +30,11 @@ def cache_dir() -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Give a new name beside `path` to write a file or a folder at; when the block ends well, sync it and rename it to `path`.
 
-    A file replaces the old one; a folder only comes to a name that is free (or is dropped, if someone else was faster with the same).
+    A file replaces the old one. A folder needs a free name; if another process took it meanwhile, with the same content, ours is dropped.
     Errors: `UserError` when the disk is full. Whatever happens, nothing half-written is left under either name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    discard(unfinished)  # a killed process may have had the same number
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
     try:
         yield unfinished
         for file in [unfinished, *unfinished.rglob("*")] if unfinished.is_dir() else [unfinished]:
@@ -44,8 +45,9 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _disk_full(path, needed=None) from error
-        raise
+            raise disk_full(path) from error
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not path.is_dir():
+            raise
     finally:
         discard(unfinished)
 
@@ -54,6 +56,32 @@ def write_text(path: Path, text: str) -> None:
     """Write a small UTF-8 file, whole or not at all."""
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8", newline="")
+
+
+def sweep(folder: Path, older_than: float) -> None:
+    """Remove what killed processes left unfinished in a folder more than so many seconds ago."""
+    for path in folder.glob(".*.unfinished"):
+        if time.time() - path.stat().st_mtime >= older_than:
+            discard(path)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock that the system gives back when the process ends, however it ends. Errors: `UserError` if another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"Another process is training in {path.parent.absolute()}.", "Wait for it, or choose another folder: --out FOLDER.") from error
+        yield
 
 
 def discard(path: Path) -> None:
@@ -68,10 +96,11 @@ def require_space(path: Path, needed: int) -> None:
     """Raise `UserError` unless `needed` bytes are free where `path` is or will be."""
     existing = next(folder for folder in [path.absolute(), *path.absolute().parents] if folder.exists())
     if shutil.disk_usage(existing).free < needed:
-        raise _disk_full(path, needed)
+        raise disk_full(path, needed)
 
 
-def _disk_full(path: Path, needed: int | None) -> UserError:
+def disk_full(path: Path, needed: int | None = None) -> UserError:
+    """What to say when the disk at `path` has no room, for so many bytes or at all."""
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     free = shutil.disk_usage(existing).free
     wanted = f"{needed / 1e6:,.1f} MB are needed" if needed is not None else "more is needed"

@@ -19,6 +19,7 @@ from nanogpt.machine import Machine
 from nanogpt.model import GPT, KVCache
 from nanogpt.tokenizer import Tokenizer
 
+COLDEST = 1e-4  # dividing logits by less overflows; the likeliest token has all the probability long before
 Ranges = Sequence[Sequence[int]]  # of token ids: [first, behind the last] pairs
 
 
@@ -45,7 +46,7 @@ def min_p(logits: Tensor, p: float) -> Tensor:
 
 def pick(logits: Tensor, settings: SamplingConfig, generator: torch.Generator) -> int:
     """Draw one token from logits (V,) after the filters that the settings ask for, in the order of the settings."""
-    if settings.temperature == 0:
+    if settings.temperature < COLDEST:
         return int(logits.argmax())
     logits = logits / settings.temperature
     if settings.top_k is not None:
@@ -62,7 +63,7 @@ def tokens(model: GPT, prompt: Sequence[int], settings: SamplingConfig, seed: in
     """Continue `prompt` (at least one id) by up to `max_tokens` ids; those in `unused` are never drawn.
 
     The model sees the ids since `start`. When they outgrow the context, `start` moves so that half a context is left, which
-    keeps the average cost of a token constant. `cached=False` reads them all again for every token: slow, and equal.
+    keeps the average cost of a token constant. `cached=False` reads them all again for every token: slow, and equal up to rounding.
     """
     generator = torch.Generator().manual_seed(seed)
     banned = torch.zeros(model.vocab_size, dtype=torch.bool)

@@ -6,6 +6,7 @@ In: paths and settings by name. Out: a `Model`, which streams text, evaluates an
 import json
 import os
 import secrets
+import shlex
 import signal
 import tempfile
 import threading
@@ -20,14 +21,15 @@ import numpy as np
 import torch
 
 from nanogpt import checkpoint, generate, machine
-from nanogpt.config import Config, flatten, read_toml, resolve, resolve_sampling, to_toml
-from nanogpt.corpus import expand
+from nanogpt.config import Config, MachineConfig, flatten, read_toml, resolve, resolve_sampling, to_toml
+from nanogpt.corpus import expand, findable
 from nanogpt.errors import Notice, UserError
 from nanogpt.evaluate import Loss, Verdict, evaluate, ngram_losses
-from nanogpt.files import require_space, write_text
+from nanogpt.files import locked, require_space, sweep, write_text
+from nanogpt.model import GPT
 from nanogpt.optim import make_optimizer
 from nanogpt.prepare import Prepared, open_prepared, prepare
-from nanogpt.report import Event, Interrupted, RunLog, Started, say_stopping
+from nanogpt.report import Event, Interrupted, RunLog, Started, Stopping
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.trainer import Position, Trainer
 
@@ -58,8 +60,11 @@ class Model:
         """
         settings = resolve_sampling(sampling)
         unused = self.summary["unused"]
+        seed = new_seed() if seed is None else seed
+        if not 0 <= seed < 2**63:
+            raise UserError(f"The seed {seed} is out of range.", "Use a whole number from 0 to 9223372036854775807.")
         ids = generate.encode_prompt(self.tokenizer, prompt, unused, self._model.config.context_length, strict)
-        drawn = generate.tokens(self._model, ids, settings, new_seed() if seed is None else seed, self._machine, unused)
+        drawn = generate.tokens(self._model, ids, settings, seed, self._machine, unused)
         return generate.text(self.tokenizer, drawn, settings.stop)
 
     def evaluate(self, *text: str | os.PathLike[str], context_length: int | None = None) -> Evaluation:
@@ -70,7 +75,13 @@ class Model:
         own = self._model.config.context_length
         if context_length is not None and not 1 <= context_length <= own:
             raise UserError(f"The model looks back on at most {own} tokens, not {context_length}.", f"Use --context-length {own} or less.")
-        prepared = self._text or self._find_text()
+        try:
+            prepared = self._text or self._find_text()
+        except UserError as error:  # without the training text there are no baselines, but still a loss
+            if not text:
+                raise
+            warnings.warn(f"No baselines: {error}", Notice, stacklevel=2)
+            prepared = None
         if text:
             tokens, n_bytes = self._encode([os.fspath(path) for path in text])
             baselines = ngram_losses(prepared.train, tokens) if prepared else {}
@@ -78,7 +89,8 @@ class Model:
             tokens, n_bytes, baselines = prepared.val, prepared.about["val_bytes"], prepared.about["baselines"]
         else:
             raise UserError(
-                f"{self._path} is a model without its run folder, so its validation text is not at hand.", f"Name a text: nanogpt eval {self._path} TEXT"
+                f"{self._path} is a model without its run folder, so its validation text is not at hand.",
+                f"Name a text: nanogpt eval {shlex.quote(str(self._path))} TEXT",
             )
         loss = evaluate(self._model, tokens, n_bytes, self._machine, context_length)
         judged = None if text or "verdict" not in self.summary else Verdict(**self.summary["verdict"])
@@ -86,7 +98,14 @@ class Model:
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
-        """ids (B, T), T at most the context -> (B, T, V) float32: what the model expects after each token, before the softmax."""
+        """ids (B, T), T at most the context -> (B, T, V) float32: what the model expects after each token, before the softmax.
+
+        Errors: `UserError` when rows differ in length, are longer than the context, or hold what is no token.
+        """
+        context, vocab_size = self._model.config.context_length, self.tokenizer.vocab_size
+        lengths = {len(row) for row in ids}
+        if len(lengths) != 1 or not 1 <= max(lengths) <= context or not all(0 <= i < vocab_size for row in ids for i in row):
+            raise UserError(f"logits takes rows of one length, 1 to {context}, of token ids below {vocab_size}; the rows have lengths {sorted(lengths)}.")
         with self._machine.autocast():
             return self._model(torch.tensor(ids, device=self._machine.device)).float().cpu().numpy()
 
@@ -95,7 +114,8 @@ class Model:
         run = self._path if self._path.is_dir() else self._path.parent
         if not (run / "text.json").is_file():
             return None
-        return _text_of(run, resolve(read_toml(run / "config.toml")))
+        prepared = _text_of(run, resolve(read_toml(run / "config.toml")))
+        return prepared if prepared.about["fingerprint"] == self.summary["text"] else None
 
     def _encode(self, sources: Sequence[str]) -> tuple[np.ndarray, int]:
         pieces, n_bytes = [], 0
@@ -116,6 +136,8 @@ def load(path: str | os.PathLike[str], **settings: Any) -> Model:
 
     Errors: `UserError` for a path that holds no model, a damaged file, a pickle, or a device that is not there.
     """
+    if wrong := [name for name in settings if name not in MachineConfig.model_fields]:
+        raise UserError(f"A model that is loaded keeps its settings: {', '.join(wrong)} cannot be given.", "load takes device, dtype and threads.")
     place = machine.choose(resolve(settings).machine)
     return Model(checkpoint.load(os.fspath(path), place.device), place, Path(path))
 
@@ -132,12 +154,16 @@ def train(
 ) -> Model:
     """Train a model on a text: paths, globs, or a built-in name. Gives the best model by validation loss.
 
-    `out` is the run folder; without one nothing is kept but the model. `settings` are those of the command line, with underscores; they go
-    before those in the TOML file `config`. With `resume` a run goes on from its last state, and then needs no text.
-    Errors: `UserError`, see its message. Ctrl-C (or SIGTERM) saves, and then raises `KeyboardInterrupt` (`SystemExit`).
+    `out` is the run folder; without one nothing is kept but the model. `settings` are those of the command line, with underscores; they
+    override those in the TOML file `config`. With `resume` a run goes on from its last state, and then needs no text.
+    Errors: `UserError`, see its message. Ctrl-C and SIGTERM save to `out` before they raise `KeyboardInterrupt` and `SystemExit`.
     """
     sources = [os.fspath(text)] if isinstance(text, str | os.PathLike) else [os.fspath(path) for path in text]
     given = (read_toml(Path(config)) if config else {}) | settings
+    if isinstance(given.get("val"), str | os.PathLike):
+        given["val"] = findable(os.fspath(given["val"]))
+    if resume and overwrite:
+        raise UserError("A run cannot be resumed and overwritten at once.", "Leave out --resume or --overwrite.")
     with ExitStack() as stack:
         run = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nanogpt-")))
         checkpoint.require_run_folder(run, resume=resume, overwrite=overwrite)
@@ -153,8 +179,19 @@ def train(
         settled = _fit_context(settled, given, len(prepared.train))
         place = machine.choose(settled.machine)
         settled = settled.model_copy(update={"machine": place.settings()})
-        asked = stack.enter_context(_stop_signals())
-        trainer = _trainer(run, settled, prepared, place, resuming, lambda: bool(asked))
+        model, optimizer = _new_model(settled, prepared, place)
+        require_space(run, 8 * sum(p.nbytes for p in model.parameters()))  # model and state, each also while it is replaced
+        stack.enter_context(locked(run / ".lock"))
+        if resuming:
+            position = Position.from_json(checkpoint.load_state(run, model, optimizer))
+        else:
+            checkpoint.clear_run_folder(run)
+            position = Position()
+        sweep(run, older_than=0)
+        write_text(run / "config.toml", to_toml(settled))
+        write_text(run / "text.json", json.dumps(prepared.about, indent=1))
+        asked = stack.enter_context(_stop_signals(on_event)) if out is not None else []
+        trainer = Trainer(model, optimizer, prepared, settled.training, place, run, position, lambda: bool(asked))
         log, event = RunLog(run), None
         for event in _events(trainer, settled, place):
             log(event)
@@ -180,8 +217,10 @@ def _text_of(run: Path, settled: Config, sources: Sequence[str] = ()) -> Prepare
     about = json.loads((run / "text.json").read_text(encoding="utf-8"))
     if not sources and (Path(about["folder"]) / "about.json").is_file():
         return replace(open_prepared(Path(about["folder"])), about=about)
+    if not sources and "-" in about["sources"]:
+        raise UserError(f"The text of {run} came from standard input, and its tokens are no longer in {about['folder']}.", "Give it the text again.")
     prepared = prepare(sources or about["sources"], settled.text)
-    if prepared.about["fingerprint"] != about["fingerprint"]:
+    if any(prepared.about[name] != about[name] for name in ("fingerprint", "val_fingerprint")):
         sizes = [f"{text['train_bytes'] + text['val_bytes']:,} bytes, SHA-256 {text['fingerprint'][:16]}…" for text in (about, prepared.about)]
         raise UserError(
             f"The text is not the one the run in {run} began with: then {sizes[0]}; now {sizes[1]}.", "Give it the same text, or train anew with --out FOLDER."
@@ -217,19 +256,12 @@ def _fit_context(settled: Config, given: dict[str, Any], tokens: int) -> Config:
     return settled.model_copy(update={"model": settled.model.model_copy(update={"context_length": fitting})})
 
 
-def _trainer(run: Path, settled: Config, prepared: Prepared, place: machine.Machine, resuming: bool, asked_to_stop: Callable[[], bool]) -> Trainer:
-    """Everything a run needs, in place: a new one in an empty folder, or the old one as it was saved."""
+def _new_model(settled: Config, prepared: Prepared, place: machine.Machine) -> tuple[GPT, torch.optim.Optimizer]:
+    """A model with its initial weights, which are the same on every device, and its optimiser."""
     model = checkpoint.empty_model(settled.model, prepared.tokenizer.vocab_size, "cpu")
-    if not resuming:
-        model.init_weights(torch.Generator().manual_seed(settled.training.seed))
-        checkpoint.clear_run_folder(run)
+    model.init_weights(torch.Generator().manual_seed(settled.training.seed))
     model.to(place.device)
-    optimizer = make_optimizer(model, settled.training.weight_decay)
-    position = Position.from_json(checkpoint.load_state(run, model, optimizer)) if resuming else Position()
-    require_space(run, 8 * sum(p.nbytes for p in model.parameters()))  # the model and two states of three times its size, and one of them being written
-    write_text(run / "config.toml", to_toml(settled))
-    write_text(run / "text.json", json.dumps(prepared.about, indent=1))
-    return Trainer(model, optimizer, prepared, settled.training, place, run, position, asked_to_stop)
+    return model, make_optimizer(model, settled.training.weight_decay)
 
 
 def _events(trainer: Trainer, settled: Config, place: machine.Machine) -> Iterator[Event]:
@@ -239,24 +271,27 @@ def _events(trainer: Trainer, settled: Config, place: machine.Machine) -> Iterat
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying of them; of the second one the process does die."""
+def _stop_signals(on_event: Callable[[Event], None]) -> Iterator[list[int]]:
+    """Collect the signals that ask to stop in a list instead of dying of them; a second one kills the process."""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield asked
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def stop(number: int, frame: object) -> None:
         asked.append(number)
-        say_stopping()
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        restore()
+        on_event(Stopping())
 
-    for number in before:
+    for number in numbers:
         signal.signal(number, stop)
     try:
         yield asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()

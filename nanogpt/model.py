@@ -47,6 +47,7 @@ class Dropout(nn.Module):
     def __init__(self, rate: float, place: int):
         super().__init__()
         self.zeros, self.place = round(rate * 256), place
+        self.salt = (place * 0x3C6EF372 + 2**31) % 2**32 - 2**31  # as a signed 32-bit integer
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
         """x (B, ...) and keys (B,) int32; without keys x comes back untouched."""
@@ -54,7 +55,7 @@ class Dropout(nn.Module):
             return x
         size = x[0].numel()
         counter = torch.arange(-(-size // 4), dtype=torch.int32, device=x.device)
-        bits = _mix32(_mix32(keys + self.place * 0x3C6EF372)[:, None] + counter)  # (B, size / 4), wrapping at 32 bits
+        bits = _mix32(_mix32(keys + self.salt)[:, None] + counter)  # (B, size / 4), wrapping at 32 bits
         mask = bits.view(torch.uint8)[:, :size].view(x.shape) < self.zeros
         return x.masked_fill(mask, 0.0) * (256 / (256 - self.zeros))
 

@@ -22,7 +22,7 @@ from nanogpt.corpus import CHUNK, Document, expand, findable
 from nanogpt.data import open_tokens, token_dtype
 from nanogpt.errors import UserError
 from nanogpt.evaluate import ngram_losses
-from nanogpt.files import cache_dir, discard, replacing, require_space
+from nanogpt.files import cache_dir, discard, replacing, require_space, sweep
 from nanogpt.tokenizer import Tokenizer, train_tokenizer
 
 VERSION = 1  # of the prepared files: part of their name
@@ -32,9 +32,10 @@ VERSION = 1  # of the prepared files: part of their name
 class Prepared:
     """A text as tokens.
 
-    `about` is what text.json holds: "fingerprint", "sources", "documents", "train_bytes", "val_bytes", "symbols" (different tokens in the training
-    split), "train_tokens", "val_tokens", "split" (in words), "baselines" (nats per token, see `evaluate.ngram_losses`), "unused" (tokens the training split
-    lacks, as [first, behind the last] pairs) and "folder" (where the tokens are).
+    `about` is what text.json holds: "fingerprint" and "val_fingerprint" (of the text, and of that given with --val), "sources",
+    "documents", "train_bytes", "val_bytes", "symbols" (different tokens in the training split), "train_tokens", "val_tokens",
+    "split" (in words), "baselines" (nats per token, see `evaluate.ngram_losses`), "unused" (tokens the training split lacks,
+    as [first, behind the last] pairs) and "folder" (where the tokens are).
     """
 
     tokenizer: Tokenizer
@@ -60,6 +61,7 @@ def prepare(sources: Sequence[str], settings: TextConfig) -> Prepared:
         prepared = open_prepared(folder)
     except UserError:  # not there, or no longer whole
         discard(folder)
+        sweep(folder.parent, older_than=86_400)
         tokens = sum(scan.sizes) + sum(held_out.sizes)  # a token is a byte of the text or more of it
         require_space(folder, tokens * token_dtype(tokenizer.vocab_size).itemsize)
         with replacing(folder) as unfinished:
@@ -130,8 +132,11 @@ def _write(folder: Path, scan: _Scan, held_out: _Scan, tokenizer: Tokenizer, val
     lengths = np.array([len(spelled) for spelled in tokenizer.token_bytes])
     lengths[tokenizer.end] = 0  # it stands for no text
     sizes = {"train_bytes": int(counts[0] @ lengths), "val_bytes": int(counts[1] @ lengths)}
+    if sum(sizes.values()) != total + sum(held_out.sizes):
+        raise UserError("The text changed while it was read.", "Try again, or train on a copy of it.")
     about = {
-        "fingerprint": scan.fingerprint, "documents": len(scan.documents), "split": split.format(total=total, **sizes), **sizes,
+        "fingerprint": scan.fingerprint, "val_fingerprint": held_out.fingerprint, "documents": len(scan.documents),
+        "split": split.format(total=total, **sizes), **sizes,
         "symbols": int(np.count_nonzero(counts[0])), "train_tokens": len(mapped[0]), "val_tokens": len(mapped[1]),
         "baselines": ngram_losses(*mapped), "unused": _ranges(counts[0] == 0),
     }  # fmt: skip
@@ -157,12 +162,12 @@ def _encode(document: Document, tokenizer: Tokenizer, dtype: np.dtype, files: Se
         if rest and len(utf8) > cut:
             while cut < len(utf8) and utf8[cut] & 0xC0 == 0x80:  # within a character, which stays whole
                 cut += 1
-            tokenizer.encode_array(utf8[:cut].decode()).astype(dtype).tofile(file)
+            file.write(tokenizer.encode_array(utf8[:cut].decode()).astype(dtype).tobytes())
             chunk, file, rest = utf8[cut:].decode(), rest[0], []
-        tokenizer.encode_array(chunk).astype(dtype).tofile(file)
+        file.write(tokenizer.encode_array(chunk).astype(dtype).tobytes())
         cut -= len(utf8)
     if ends:
-        np.array([tokenizer.end], dtype).tofile(file)
+        file.write(np.array([tokenizer.end], dtype).tobytes())
 
 
 def _count(path: Path, vocab_size: int) -> np.ndarray:
@@ -185,7 +190,7 @@ def _require_enough(train: np.ndarray, val: np.ndarray) -> None:
     if train.sum() < 2 or val.sum() < 2:
         raise UserError(
             f"The text is too short: {train.sum()} tokens to train on and {val.sum()} to validate on; at least 2 of each are needed.",
-            "Give it a longer text (twenty characters can be trained on, some thousands are worth it).",
+            "Use a longer text (or a larger --val-bytes): 20 characters is the minimum, a few thousand is useful.",
         )
     if np.count_nonzero(train) < 2:
-        raise UserError(f"The {train.sum():,} tokens to train on are all the same symbol: there is nothing to learn.", "Give it another text.")
+        raise UserError(f"The {train.sum():,} tokens to train on are all the same symbol: there is nothing to learn.", "Use another text.")

@@ -3,9 +3,11 @@
 In: events from `trainer`. Out: a progress line and samples for a person, a line of JSON per event for every other reader.
 """
 
+import errno
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -13,13 +15,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from nanogpt.config import Config
 from nanogpt.evaluate import Loss, Verdict
-from nanogpt.files import write_text
+from nanogpt.files import disk_full, write_text
 
 QUIET_SECONDS = 10.0  # without a terminal, at most this long between two lines
 
@@ -71,10 +72,22 @@ class Sampled:
 
 
 @dataclass(frozen=True)
+class Saving:
+    """The state of `step` is about to be written: what was told so far must be on disk before it."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class Saved:
     """The run can go on from `step`, whatever happens now."""
 
     step: int
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """A signal asked the run to stop after this step. It comes from inside the signal's handler."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,7 @@ class Finished:
     seconds: float
 
 
-Event = Started | Stepped | Evaluated | Sampled | Saved | Interrupted | Finished
+Event = Started | Stepped | Evaluated | Sampled | Saving | Saved | Stopping | Interrupted | Finished
 
 
 class RunLog:
@@ -113,45 +126,67 @@ class RunLog:
             _append(self.metrics, event)
         elif isinstance(event, Sampled):
             _append(self.samples, event)
+        elif isinstance(event, Saving):
+            for path in (self.metrics, self.samples):
+                with path.open("a") as file:
+                    os.fsync(file.fileno())
 
 
 def _append(path: Path, event: Stepped | Evaluated | Sampled) -> None:
-    with path.open("a", encoding="utf-8", newline="") as file:
-        file.write(json.dumps(asdict(event), ensure_ascii=False) + "\n")
+    try:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            file.write(json.dumps(asdict(event), ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise (disk_full(path) if error.errno == errno.ENOSPC else error) from error
 
 
 def _cut(path: Path, step: int) -> None:
-    """Drop what was written after `step`, which will happen again, and a last line that a killed process left unfinished."""
-    whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    kept = [line + "\n" for line in whole_lines if json.loads(line)["step"] <= step]
+    """Drop what was written after `step`, which will happen again, and what a dying machine left unreadable."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
     write_text(path, "".join(kept))
+
+
+class Lasting(Console):
+    """A console whose reader may leave (`nanogpt train … | head`) without ending the run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Terminal:
     """Tells a person how the run goes: one progress line that stays, samples above it; plain lines where there is no terminal."""
 
     def __init__(self, file: TextIO | None = None):
-        self.console = Console(file=file or sys.stdout, highlight=False, soft_wrap=True)
+        self.console = Lasting(file=file or sys.stdout, highlight=False, markup=False, soft_wrap=True)
         bar = [BarColumn(bar_width=20)] if self.console.width >= 110 else []
         self.progress = Progress(*bar, TextColumn("{task.description}"), console=self.console, transient=True, refresh_per_second=4)
         self.task = self.progress.add_task("", total=None)
-        self.train_loss = self.val_loss = math.nan
+        self.train_loss = self.val_loss = self.val_bits = math.nan
         self.last_line = self.begin = self.speed = 0.0
 
     def __call__(self, event: Event) -> None:
         match event:
             case Started():
                 self.started(event)
+            case Stopping():  # at once, and safe inside a signal's handler
+                os.write(2, b"\nStopping after this step, and saving. (Once more: stop now, without saving.)\n")
             case Stepped():
                 self.stepped(event)
             case Evaluated():
-                self.val_loss = event.val_loss
+                self.val_loss, self.val_bits = event.val_loss, event.bits_per_byte
                 self.line(event.step, event.train_loss, self.left(event.step), "  best so far" if event.best else "")
             case Sampled():
-                self.console.print(f"[dim]{escape(_printable(event.text))}[/dim]\n")
+                self.console.print(printable(event.text) + "\n", style="dim")
             case Interrupted():
                 self.progress.stop()
-                self.console.print(f"Stopped and saved at step {event.step:,}. Go on with: nanogpt train --resume --out {self.run}")
+                self.console.print(f"Stopped and saved at step {event.step:,}. Go on with: nanogpt train --resume --out {shlex.quote(self.run)}")
             case Finished():
                 self.progress.stop()
                 self.finished(event)
@@ -162,15 +197,17 @@ class Terminal:
         self.bits = text["train_tokens"] / text["train_bytes"] / math.log(2)  # bits per byte for a nat per token
         self.begin = self.last_line = time.perf_counter()
         size = text["train_bytes"] + text["val_bytes"]
+        names = ", ".join(os.path.basename(source) for source in text["sources"][:3])
         rows = {
-            "Text": f"{size:,} bytes, {text['symbols']} different {event.config.text.tokenizer}s; {text['split']}",
+            "Text": f"{names}: {size:,} bytes, {text['symbols']} different {event.config.text.tokenizer}s; {text['split']}",
             "Model": f"{event.parameters / 1e6:.2f} M parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
             f"context {model.context_length}, dropout {model.dropout:g}",
             "Machine": event.machine,
             "Run": event.run + (f", going on after step {event.step:,}" if event.step else ""),
         }
         for name, value in rows.items():
-            self.console.print(f"[bold]{name:8}[/bold] {escape(value)}")
+            self.console.print(f"{name:8}", style="bold", end=" ")
+            self.console.print(value)
         self.console.print("Losses are in nats per token, and in brackets in bits per byte.\n")
         if self.console.is_terminal:
             self.progress.start()
@@ -197,13 +234,13 @@ class Terminal:
         self.last_line = time.perf_counter()
 
     def describe(self, step: int, train_loss: float, left: float) -> str:
-        val = "" if math.isnan(self.val_loss) else f"  val {self.val_loss:.3f} ({self.val_loss * self.bits:.3f})"
+        val = "" if math.isnan(self.val_loss) else f"  val {self.val_loss:.3f} ({self.val_bits:.3f})"
         return f"{step:,}/{self.steps:,}  {self.speed:,.0f} tok/s  train {train_loss:.3f} ({train_loss * self.bits:.3f}){val}  {duration(left)} left"
 
     def finished(self, event: Finished) -> None:
         self.console.print(loss_table(event.loss, event.baselines, f"this model (step {event.best_step:,})"))
         self.console.print(f"\n{event.verdict.sentence}\n")
-        self.console.print(f"{event.step:,} steps in {duration(event.seconds)}. Let it write: nanogpt sample {self.run}")
+        self.console.print(f"{event.step:,} steps in {duration(event.seconds)}. Let it write: nanogpt sample {shlex.quote(self.run)}")
 
     def close(self) -> None:
         """Give the terminal back, whatever happened."""
@@ -219,17 +256,18 @@ def loss_table(loss: Loss, baselines: dict[str, float], name: str) -> Table:
     rows = {f"{key} baseline": value for key, value in baselines.items()} | {name: loss.val_loss}
     for label, value in sorted(rows.items(), key=lambda row: -row[1]):
         table.add_row(label, f"{value:.4f}", f"{value * scale:.4f}", style="bold" if label == name else "")
-    table.caption = f"On {loss.tokens:,} validation tokens. Baselines count the training split (Witten-Bell smoothing)."
+    counted = " Baselines are counted on the training split (Witten-Bell smoothing)." if baselines else ""
+    table.caption = f"On {loss.tokens:,} tokens.{counted}"
     table.caption_justify = "left"
     return table
 
 
 def show_evaluation(loss: Loss, baselines: dict[str, float], judged: Verdict | None, name: str) -> None:
     """Print what `nanogpt eval` found."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(loss_table(loss, baselines, name))
     if judged:
-        console.print(f"\n{judged.sentence}")
+        console.print(f"\n{printable(judged.sentence)}")
 
 
 def duration(seconds: float) -> str:
@@ -239,11 +277,6 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def say_stopping() -> None:
-    """Answer Ctrl-C at once, from inside a signal handler."""
-    os.write(2, b"\nStopping after this step, and saving. (Once more: stop now, without saving.)\n")
-
-
-def _printable(text: str) -> str:
-    """Text that cannot command a terminal: control characters, other than line ends and tabs, as their pictures."""
+def printable(text: str) -> str:
+    """Text with control characters made harmless to a terminal: all but line ends and tabs become pictures of themselves."""
     return "".join(letter if letter in "\n\t" or letter.isprintable() else chr(0x2400 + ord(letter)) if letter < " " else "\ufffd" for letter in text)

@@ -1,9 +1,8 @@
 """Training: one step, and the loop around it.
 
 In: a model, an optimiser, tokens and the settings of a run. Out: events, one after another; files in the run folder at every
-evaluation, and when it is asked to stop. Whoever iterates decides what becomes of the events; the loop waits for them, so what is
-written of an event is written before the state that comes after it.
-Refuses: to go on after a loss that is not a number.
+evaluation, and when it is asked to stop. The loop waits for whoever consumes the events, so each is logged before the next save.
+Refuses: to go on after a loss that is not a number, or without memory.
 """
 
 import math
@@ -23,8 +22,9 @@ from nanogpt.machine import Machine
 from nanogpt.model import GPT
 from nanogpt.optim import schedule
 from nanogpt.prepare import Prepared
-from nanogpt.report import Evaluated, Event, Finished, Interrupted, Sampled, Saved, Stepped
+from nanogpt.report import Evaluated, Event, Finished, Interrupted, Sampled, Saved, Saving, Stepped
 
+LONGEST_WARMUP = 0.1  # of the run: a shorter run than the settings had in mind is not to end before its rate has risen
 SAMPLE = SamplingConfig(max_tokens=200)
 EVALUATION_SHARE, EVALUATIONS_SHARE = 0.02, 0.1  # of the run's arithmetic may go into one evaluation, and into all,
 FEWEST_TOKENS = 8192  # except that fewer tokens tell nothing
@@ -38,6 +38,7 @@ class Position:
     seconds: float = 0.0
     nats: float = 0.0  # training loss since the last evaluation, as a sum
     tokens: int = 0  # and a count
+    val_tokens: int | None = None  # that an evaluation during the run takes, None for all: always the same, or "best" would mean nothing
     history: list[Point] = field(default_factory=list)
 
     @classmethod
@@ -58,6 +59,8 @@ class Trainer:
     ):  # fmt: skip
         self.model, self.optimizer, self.text, self.settings = model, optimizer, text, settings
         self.machine, self.run, self.position, self.asked_to_stop = machine, run, position, asked_to_stop
+        if position.step == 0:
+            position.val_tokens = self.limit()
 
     def events(self) -> Iterator[Event]:
         """Train to the last step; evaluate, sample and save on the way; finish with the whole validation split.
@@ -66,13 +69,17 @@ class Trainer:
         """
         settings, position = self.settings, self.position
         while position.step < settings.steps and not self.out_of_patience():
-            yield self.step()
+            try:
+                yield self.step()
+            except RuntimeError as error:
+                raise self._out_of_memory(error) from error
             due = position.step % settings.eval_every == 0 or position.step == settings.steps
             if due:
                 yield self.evaluate()
                 yield self.sample()
             stop = self.asked_to_stop()
             if due or stop:
+                yield Saving(position.step)
                 yield self.save()
             if stop and position.step < settings.steps:
                 yield Interrupted(position.step)
@@ -85,14 +92,15 @@ class Trainer:
         settings, position, device = self.settings, self.position, self.machine.device
         rows = range(settings.batch_size)
         batch = data.batch(self.text.train, settings.seed, position.step, rows, self.model.config.context_length)
-        x, y, keys = (part.to(device, non_blocking=True) for part in batch)  # (B, T), (B, T), (B,)
+        x, y, keys = (part.to(device) for part in batch)  # (B, T), (B, T), (B,)
         with self.machine.autocast():
             nats = self.model.nats(x, y, keys)
         loss = nats / y.numel()
         loss.backward()
         limit = settings.grad_clip or math.inf
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        rate = settings.learning_rate * schedule((position.step + 1) / settings.steps, settings.warmup_steps / settings.steps)
+        warmup = min(settings.warmup_steps / settings.steps, LONGEST_WARMUP)
+        rate = settings.learning_rate * schedule((position.step + 1) / settings.steps, warmup)
         if not (math.isfinite(loss.item()) and math.isfinite(grad_norm)):
             raise self._not_a_number(loss.item(), rate, grad_norm)
         for group in self.optimizer.param_groups:
@@ -110,7 +118,7 @@ class Trainer:
         """Measure the validation loss; keep the model if it is the best so far."""
         begin = time.perf_counter()
         position = self.position
-        loss = self.validation_loss(self.model, self.limit())
+        loss = self.validation_loss(self.model, position.val_tokens)
         if not math.isfinite(loss.nats):
             raise self._not_a_number(loss.val_loss, self.settings.learning_rate, math.nan)
         point = Point(position.step, position.nats / position.tokens, loss.val_loss)
@@ -138,7 +146,7 @@ class Trainer:
         """Measure the best model, which is the one that stays, on the whole split, and write the result into its file."""
         kept = checkpoint.load(self.run, self.machine.device)
         loss = self.validation_loss(kept.model, None)
-        judged = verdict(self.position.history, self.text.about["baselines"])
+        judged = verdict(self.position.history, self.text.about["baselines"], loss.val_loss)
         summary = kept.summary | self.summary(loss) | {"step": kept.summary["step"], "verdict": judged.asdict()}
         checkpoint.save_model(self.run / "model.safetensors", kept.model, self.text.tokenizer, summary)
         return Finished(self.position.step, kept.summary["step"], loss, self.text.about["baselines"], judged, self.position.seconds)
@@ -149,6 +157,7 @@ class Trainer:
         return {
             "step": self.position.step, "val_loss": loss.val_loss, "bits_per_byte": loss.bits_per_byte, "val_tokens": loss.tokens,
             "text": about["fingerprint"], "baselines": about["baselines"], "unused": about["unused"],
+            "verdict": verdict(self.position.history, about["baselines"]).asdict(),
         }  # fmt: skip
 
     def validation_loss(self, model: GPT, limit: int | None) -> Loss:
@@ -165,10 +174,20 @@ class Trainer:
         best = self.position.best
         return best is not None and self.settings.patience > 0 and sum(p.step > best.step for p in self.position.history) >= self.settings.patience
 
+    def _out_of_memory(self, error: RuntimeError) -> Exception:
+        """The error itself, unless it says that memory ran out: PyTorch has a class for that on GPUs only."""
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            return error
+        tokens = self.settings.batch_size * self.model.config.context_length
+        return UserError(
+            f"There is not enough memory for a step of {self.settings.batch_size} windows of {self.model.config.context_length} tokens ({tokens:,}): {error}",
+            f"Lower one of --batch-size (say, {max(1, self.settings.batch_size // 2)}), --context-length, --n-embd or --n-layer.",
+        )
+
     def _not_a_number(self, loss: float, rate: float, grad_norm: float) -> UserError:
         saved = checkpoint.latest_step(self.run)
         kept = f"The last good state, step {saved:,}, is in {self.run}" if saved else "Nothing had been saved yet"
         return UserError(
             f"The loss is no longer a number: {loss} in step {self.position.step + 1:,}, at learning rate {rate:.2g}, gradient norm {grad_norm:.3g}. {kept}.",
-            f"Train again with a lower learning rate: --learning-rate {self.settings.learning_rate / 10:.2g} --overwrite",
+            f"Train anew with a lower learning rate: --learning-rate {self.settings.learning_rate / 10:.2g} --out ANOTHER_FOLDER",
         )

@@ -102,7 +102,7 @@ MISTAKES = {
     "misspelt TOML key": (["story.txt", "--config", "misspelt.toml"], ["'n_layres'", "Did you mean 'n_layer'?"]),
     "not TOML": (["story.txt", "--config", "broken.toml"], ["cannot be read"]),
     "no such TOML": (["story.txt", "--config", "absent.toml"], ["absent.toml", "cannot be read"]),
-    "cuda without a GPU": (["story.txt", "--device", "cuda"], ["--device cuda is not to be had", "It can use: cpu"]),
+    "cuda without a GPU": (["story.txt", "--device", "cuda"], ["--device cuda is not available", "It can use: cpu"]),
     "occupied folder": (["story.txt", "--out", "occupied"], ["not a run of nanogpt", "thesis.tex"]),
 }
 
@@ -139,6 +139,45 @@ def test_flags_go_before_toml_before_defaults(story, tmp_path):
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
+def test_a_run_is_named_after_its_text(story, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a [b]: c?.txt").write_text(story.read_text())
+    (tmp_path / "sub").mkdir()
+    assert run("train", "a [b]: c?.txt", *SMALL) == 0
+    monkeypatch.chdir(tmp_path / "sub")
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").rename(tmp_path / "sub" / "runs")
+    assert run("train", "../story.txt", *SMALL) == 0
+    assert sorted(path.name for path in (tmp_path / "sub" / "runs").iterdir()) == ["a-b-c", "story"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "STORY", "--out", "STORY/x"], "Not a directory"),
+        (["train", "STORY", "--out", "STORY"], "is a file, not a folder"),
+        (["sample", "RUN", "--n", "0"], "asks for no text"),
+        (["sample", "RUN", "--stop", ""], "stop"),
+        (["sample", "RUN", "--seed", "99999999999999999999"], "out of range"),
+        (["sample", "RUN", "--prompt-file", "python-docs"], "no prompt file"),
+        (["sample", "STORY"], "not a model file"),
+        (["eval", "RUN", "--context-length", "99"], "at most 16 tokens"),
+    ],
+)
+def test_more_mistakes_are_answered_in_words(words, expected, trained, story, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(*(word.replace("STORY", str(story)).replace("RUN", str(trained)) for word in words)) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_very_low_temperature_is_the_likeliest_token(trained, capsys):
+    texts = []
+    for temperature in (0, 1e-40):
+        assert run("sample", trained, "--temperature", temperature, "--seed", 1, "--max-tokens", 20) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
 def test_unknown_characters_of_a_prompt(trained, capsys):
     assert run("sample", trained, "--prompt", "日🙂", "--max-tokens", 3) == 0
     captured = capsys.readouterr()
@@ -171,4 +210,8 @@ def test_installed_command_reads_a_text_from_a_pipe_and_its_reader_may_leave(sto
     subprocess.run([*command, "train", "-", "--out", tmp_path / "run", *SMALL], stdin=story.open("rb"), stdout=subprocess.DEVNULL, check=True)
     pipe = subprocess.run(f"'{sys.executable}' -m nanogpt sample '{tmp_path / 'run'}' --max-tokens 300 | head -c 20", shell=True, capture_output=True)
     assert len(pipe.stdout) == 20
+    words = " ".join(f"'{word}'" for word in [sys.executable, "-m", "nanogpt", "train", str(story), "--out", str(tmp_path / "deaf"), *SMALL])
+    deaf = subprocess.run(f"{words} | head -c 1", shell=True, capture_output=True)  # a run goes on though nobody listens
+    assert (tmp_path / "deaf" / "state" / "latest").read_text() == "4"
+    assert b"Traceback" not in deaf.stderr
     assert b"Traceback" not in pipe.stderr

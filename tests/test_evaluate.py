@@ -128,7 +128,7 @@ def history(*losses: tuple[float, float], every: int = 100) -> list[Point]:
 def test_a_run_that_only_learns_its_text_by_heart_is_overfitted():
     judged = verdict(history((3.0, 3.0), (2.0, 2.2), (1.5, 2.0), (1.0, 2.1), (0.5, 2.6)), {"trigram": 1.0})
     assert judged.kind == "overfitted"
-    assert judged.sentence.startswith("Overfitted: since step 300 it gets better only at the text it trains on (validation 2.000 there, 2.600 at the end).")
+    assert judged.sentence.startswith("Overfitted: since step 300 it improves only on the training text (validation 2.000 there, 2.600 at the end).")
 
 
 @pytest.mark.parametrize("last", [(1.0, 2.019), (1.6, 2.3)])
@@ -139,7 +139,7 @@ def test_a_small_rise_or_one_that_training_shares_is_not_overfitting(last):
 def test_a_run_that_still_gets_better_is_undertrained():
     judged = verdict([Point(2**n, 5 - 0.2 * n, 5 - 0.1 * n) for n in range(1, 11)], {"trigram": 4.5})
     assert judged.kind == "undertrained"
-    assert judged.sentence == "Undertrained: validation still falls (about 0.10 more for twice the steps). Train about 2 times as long: --steps 2048."
+    assert judged.sentence == "Undertrained: validation still falls (about 0.10 more for twice the steps). Train about 2 times as long: --resume --steps 2048."
 
 
 @pytest.mark.parametrize(("trigram", "steps"), [(3.95, 2048), (3.8, 4100), (3.5, 33_000), (0.5, 100_000)])
@@ -147,7 +147,7 @@ def test_a_run_behind_mere_counting_is_told_how_long_the_trend_takes_to_catch_up
     judged = verdict([Point(512, 4.0, 4.1), Point(1024, 3.9, 4.0)], {"trigram": trigram})
     assert judged.kind == "undertrained"
     assert judged.sentence == (
-        f"Undertrained: it is still behind the trigram baseline ({trigram:.3f}). Train about {steps / 1024:.0f} times as long: --steps {steps}."
+        f"Undertrained: it is still behind the trigram baseline ({trigram:.3f}). Train about {steps / 1024:.0f} times as long: --resume --steps {steps}."
     )
 
 

@@ -1,0 +1,72 @@
+"""What a person reads is right, fits, and cannot command the terminal."""
+
+import io
+import math
+
+import pytest
+
+from nanogpt.config import Config
+from nanogpt.evaluate import Loss, Verdict
+from nanogpt.report import Evaluated, Finished, Sampled, Started, Stepped, Terminal, duration, loss_table, printable
+
+ABOUT = {"train_tokens": 100, "train_bytes": 100, "val_bytes": 10, "symbols": 7, "split": "the last 10 of 110 bytes are held out", "sources": ["/x/b[old].txt"]}
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    return Screen()
+
+
+@pytest.fixture
+def terminal(screen):
+    terminal = Terminal(screen)
+    terminal(Started("runs/my book [draft]", 0, Config(), 10_000_000, ABOUT, "CPU"))
+    yield terminal
+    terminal.close()
+
+
+def test_the_progress_line_fits_80_columns_and_tells_all(terminal):
+    terminal(Stepped(4999, 1.2345, 1e-3, 1.0, 8192, 123_456.0, 1.0))
+    terminal(Evaluated(4999, 1.2345, 1.4, 2.5, 100, True, 1.0))
+    line = terminal.describe(4999, 1.2345, 5025.0)
+    assert line == "4,999/5,000  123,456 tok/s  train 1.234 (1.781)  val 1.400 (2.500)  1 h 23 min left"
+    assert len(line) <= 84
+    assert len(terminal.describe(4999, 1.2345, 59.0)) <= 80
+
+
+def test_names_are_shown_as_they_are_and_quoted_in_commands(terminal, screen):
+    assert "b[old].txt: 110 bytes, 7 different chars" in screen.getvalue()
+    loss = Loss(140.0, 100, 100.0)
+    terminal(Finished(10, 5, loss, {"uniform": 2.0, "trigram": 1.0}, Verdict("healthy", "Healthy."), 90.0))
+    assert "nanogpt sample 'runs/my book [draft]'" in screen.getvalue()
+
+
+def test_samples_cannot_command_the_terminal(terminal, screen):
+    terminal(Sampled(1, "a\x1b]0;title\x07b [red]c\r\n"))
+    assert "a\u241b]0;title\u2407b [red]c\u240d" in screen.getvalue()
+
+
+def test_a_table_puts_the_model_between_what_it_beats_and_what_beats_it(capsys):
+    from rich.console import Console
+
+    Console(width=80).print(loss_table(Loss(150.0, 100, 50.0), {"uniform": 4.0, "unigram": 3.0, "bigram": 1.2}, "this model"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:5]] == ["uniform baseline", "unigram baseline", "this model", "bigram baseline"]
+    assert lines[3].split()[-2:] == ["1.5000", f"{1.5 * 2 / math.log(2):.4f}"]
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (5025, "1 h 23 min")])
+def test_durations_are_said_as_people_say_them(seconds, said):
+    assert duration(seconds) == said
+
+
+def test_printable_leaves_text_alone():
+    assert printable("Grüße, 日本 👩‍👩‍👧\n\t") == "Grüße, 日本 👩\ufffd👩\ufffd👧\n\t"
+    assert printable("\x00\x1b\x9b") == "\u2400\u241b\ufffd"
