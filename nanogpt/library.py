@@ -170,15 +170,7 @@ def train(
         resuming = resume and checkpoint.latest_step(run) is not None
         if resume and not resuming:
             warnings.warn(f"There is no saved state in {run}: starting afresh.", Notice, stacklevel=2)
-        if resuming:
-            saved = read_toml(run / "config.toml")
-            _require_unchanged(saved, given)
-            given = saved | given
-        settled = resolve(given)
-        prepared = _text_of(run, settled, sources) if resuming else _new_text(sources, settled)
-        settled = _fit_context(settled, given, len(prepared.train))
-        place = machine.choose(settled.machine)
-        settled = settled.model_copy(update={"machine": place.settings()})
+        settled, prepared, place = _settle(run, sources, given, resuming)
         model, optimizer = _new_model(settled, prepared, place)
         require_space(run, 8 * sum(p.nbytes for p in model.parameters()))  # model and state, each also while it is replaced
         stack.enter_context(locked(run / ".lock"))
@@ -199,6 +191,19 @@ def train(
         if isinstance(event, Interrupted):
             raise KeyboardInterrupt if asked[0] == signal.SIGINT else SystemExit(128 + asked[0])
         return Model(checkpoint.load(run, place.device), place, run, prepared)
+
+
+def _settle(run: Path, sources: Sequence[str], given: dict[str, Any], resuming: bool) -> tuple[Config, Prepared, machine.Machine]:
+    """Everything that is decided before a model is built: settings, text and machine."""
+    if resuming:
+        saved = read_toml(run / "config.toml")
+        _require_unchanged(saved, given)
+        given = saved | given
+    settled = resolve(given)
+    prepared = _text_of(run, settled, sources) if resuming else _new_text(sources, settled)
+    settled = _fit_context(settled, given, len(prepared.train))
+    place = machine.choose(settled.machine)
+    return settled.model_copy(update={"machine": place.settings()}), prepared, place
 
 
 def new_seed() -> int:
