@@ -7,13 +7,15 @@ print("".join(model.stream("Once upon", seed=1)))
 
 from typing import Any
 
+from nanogpt.errors import UserError
+
 __version__ = "0.1.0"
-__all__ = ["load", "train"]
+__all__ = ["UserError", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:
     """`train` and `load` come from `library` when first asked for: importing torch takes longer than `nanogpt --help` may."""
-    if name in __all__:
+    if name in ("load", "train"):
         from nanogpt import library
 
         return getattr(library, name)
@@ -21,4 +23,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return __all__

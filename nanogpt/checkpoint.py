@@ -69,7 +69,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Parts:
         model.load_state_dict(tensors)
         summary = {"unused": [], **about["summary"]}
     except (KeyError, TypeError, RuntimeError, ValidationError) as error:
-        raise UserError(f"{file} does not hold a model that this nanogpt understands: {error!r}.") from error
+        raise UserError(f"{file} does not hold a model that this nanogpt understands: {str(error)[:300] or error!r}.") from error
     return Parts(model.eval(), tokenizer, summary)
 
 
@@ -157,7 +157,9 @@ def load_state(run: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict[
         load_state_tensors(model, optimizer, _read_tensors(folder / "optimizer.safetensors")[1])
         return json.loads((folder / "position.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"The state in {folder.absolute()} is damaged: {error}.", "Train anew: --overwrite, or --out ANOTHER_FOLDER.") from error
+        why = str(error).partition("\n")[0]
+        what = f"The state in {folder.absolute()} is damaged, or does not fit config.toml: {why}."
+        raise UserError(what, "Train anew: --overwrite, or --out ANOTHER_FOLDER.") from error
 
 
 def latest_step(run: Path) -> int | None:
@@ -175,6 +177,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]
     with replacing(path) as unfinished:
         try:
             save_file(tensors, unfinished, metadata={"nanogpt": header})
+            unfinished.chmod(0o644)  # the library makes files that only their owner can read
         except SafetensorError as error:  # it wraps the system's error in its own
             raise OSError(errno.ENOSPC if "No space" in str(error) else errno.EIO, str(error)) from error
 

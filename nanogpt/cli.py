@@ -61,7 +61,8 @@ def train(
 
 @app.command
 def sample(
-    model: Path, /, *, prompt: Words | None = None, prompt_file: Words | None = None, n: int = 1, seed: int | None = None, strict: Switch = False,
+    model: Path, /, *, prompt: Words | None = None, prompt_file: Words | None = None, encoding: str | None = None,
+    n: int = 1, seed: int | None = None, strict: Switch = False,
     as_json: AsJson = False, sampling: SamplingSettings = SamplingConfig(), machine: MachineSettings = MachineConfig(),
 ) -> None:  # fmt: skip
     """Let a model write; the text streams as it is made.
@@ -74,6 +75,8 @@ def sample(
         What to continue. [default: the beginning of a text]
     prompt_file
         A file that holds the prompt; - for standard input.
+    encoding
+        Encoding of the prompt file.
     n
         How many texts.
     seed
@@ -90,7 +93,7 @@ def sample(
     if prompt is not None and prompt_file is not None:
         raise UserError("Both --prompt and --prompt-file were given.", "Leave one of them out.")
     if prompt_file is not None:
-        prompt = _read_prompt(prompt_file)
+        prompt = _read_prompt(prompt_file, encoding)
     _end_quietly_with_the_reader()
     show = report.printable if sys.stdout.isatty() else str
     loaded = library.load(model, **machine.model_dump(exclude_unset=True))
@@ -116,7 +119,7 @@ def sample(
 
 @app.command(name="eval")
 def evaluate(
-    model: Path, /, *text: str, context_length: int | None = None, as_json: AsJson = False,
+    model: Path, /, *text: str, context_length: int | None = None, encoding: str | None = None, as_json: AsJson = False,
     machine: MachineSettings = MachineConfig(),
 ) -> None:  # fmt: skip
     """Measure a model on a text, beside what mere counting reaches.
@@ -129,13 +132,15 @@ def evaluate(
         What to measure it on. [default: the validation split of its own run]
     context_length
         Look back on fewer tokens than the model can.
+    encoding
+        Encoding of the text files.
     as_json
         One JSON object instead of a table.
     """
     from nanogpt import library, report
 
     _end_quietly_with_the_reader()
-    result = library.load(model, **machine.model_dump(exclude_unset=True)).evaluate(*text, context_length=context_length)
+    result = library.load(model, **machine.model_dump(exclude_unset=True)).evaluate(*text, context_length=context_length, encoding=encoding)
     if as_json:
         numbers = {"val_loss": result.val_loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens, "baselines": result.baselines}
         print(json.dumps(numbers | {"verdict": result.verdict.asdict() if result.verdict else None}))
@@ -147,7 +152,7 @@ def main(words: list[str] | None = None) -> None:
     """Run a command and leave with its exit code."""
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", Notice)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # they may be closed
         if stream.isatty():  # a console may know fewer characters than the text
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
         elif hasattr(stream, "reconfigure"):  # a file gets the text as it is
@@ -174,13 +179,13 @@ def _dash_last(words: list[str]) -> list[str]:
     return [word for i, word in enumerate(words) if i not in texts] + ["--", "-"]
 
 
-def _read_prompt(name: str) -> str:
+def _read_prompt(name: str, encoding: str | None) -> str:
     """The text of a file, or of standard input for "-"; the line end that an editor puts behind the last line is not part of it."""
     from nanogpt.corpus import expand
 
     if name != "-" and not Path(name).is_file():
         raise UserError(f"There is no prompt file {Path(name).absolute()}.", 'Give the prompt itself with --prompt "...".')
-    return "".join(expand([name])[0].chunks()).removesuffix("\n").removesuffix("\r")
+    return "".join(expand([name], encoding)[0].chunks()).removesuffix("\n").removesuffix("\r")
 
 
 def _run_name(text: str) -> str:

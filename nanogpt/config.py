@@ -88,7 +88,7 @@ class MachineConfig(Section):
     """auto takes a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the matrix products; auto is bfloat16 on GPUs made for it, else float32."""
-    threads: Annotated[int | None, Field(ge=1)] = None
+    threads: Annotated[int | None, Field(ge=1, le=1024)] = None
     """CPU threads. [default: one per core]"""
 
 
@@ -168,10 +168,12 @@ def flatten(config: BaseModel, *, explicit: bool = False) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file, by name; they may stand in their sections or at the top.
+    """The settings in a TOML file (or in the config.toml of a run folder), by name; they may stand in their sections or at the top.
 
     Errors: `UserError` when the file is missing or is not TOML.
     """
+    if path.is_dir():
+        path = path / "config.toml"
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

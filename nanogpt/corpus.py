@@ -104,11 +104,9 @@ class Document:
         for mark, encoding in MARKS.items():
             if head.startswith(mark) and asked in (None, encoding):
                 return encoding, len(mark)
-        if asked is not None:
-            return asked, 0
-        if kind := not_text(head[:HEAD]):
+        if kind := not_text(head[:HEAD], asked):
             raise UserError(f"{self.path or self.name} is {kind}, not plain text.", _cure(head[:HEAD]))
-        return "utf-8", 0
+        return asked or "utf-8", 0
 
     def _undecodable(self, error: UnicodeDecodeError, encoding: str, at: int, line: int, cut_off: bool) -> UserError:
         likely = _likely_encoding(error.object[max(0, error.start - 2000) : error.start + 2000], encoding)
@@ -141,17 +139,20 @@ def findable(source: str) -> str:
     return source if source == "-" or (source in BUILT_IN and not os.path.exists(source)) else os.path.abspath(os.path.expanduser(source))
 
 
-def not_text(head: bytes) -> str | None:
-    """What a file is that begins with `head`, if it is not plain text; None if it may be."""
+def not_text(head: bytes, encoding: str | None = None) -> str | None:
+    """What a file is that begins with `head`, if it is not plain text (in the encoding that was given); None if it may be."""
     for signature, kind in SIGNATURES.items():
         if head.startswith(signature):
             return kind
-    return "a binary file (it has zero bytes)" if b"\0" in head and not head.startswith(tuple(MARKS)) else None
+    zeros = encoding is None and b"\0" in head and not head.startswith(tuple(MARKS))
+    return "a binary file (it has zero bytes)" if zeros else None
 
 
 def _documents(source: str, encoding: str | None) -> list[Document]:
     """The documents behind one word of the command line. A path that exists comes before a built-in text of the same name."""
     place = os.path.expanduser(source)
+    if source == "-" and sys.stdin is None:
+        raise UserError("Standard input is closed.", "Give it a text: nanogpt train - < book.txt")
     if source == "-":
         return [_spooled("standard input", sys.stdin.buffer)]
     if os.path.isdir(place):
@@ -198,7 +199,7 @@ def _readable_text(document: Document, encoding: str | None) -> bool:
         return False
     try:
         with document.open() as stream:
-            return encoding is not None or not_text(stream.read(HEAD)) is None
+            return not_text(stream.read(HEAD), encoding) is None
     except OSError:
         return False
 
@@ -208,6 +209,8 @@ def _nothing_there(source: str, path: Path) -> UserError:
     near = difflib.get_close_matches(path.name, [*os.listdir(parent), *BUILT_IN], n=3, cutoff=0.5)
     what = "No file matches the pattern" if glob.has_magic(source) else "There is no file or folder"
     name = f"{path.absolute()}" if len(source) < 300 else f"{source[:100]!r}… (a text itself? Give the path of a file)"
+    if "://" in source:
+        return UserError(f"{source} is an address, and nanogpt reads files.", "Download it first, then give the path of the file.")
     hint = f"Similar names: {', '.join(near)}." if near else f"In {parent} nothing has a similar name."
     return UserError(f"{what} {name}.", f"{hint} Built-in texts: {', '.join(BUILT_IN)}.")
 

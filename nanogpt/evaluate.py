@@ -138,7 +138,7 @@ def verdict(history: Sequence[Point], baselines: dict[str, float], kept: float |
 
     Overfitted or diverged: the last validation loss is at least 1 % above the best, while the training loss went on falling, or rose too.
     Undertrained: by the trend over the second half (the loss as a straight line in the logarithm of the step), doubling the
-    steps would win another 1 %, or the trigram baseline is not beaten yet. Healthy: none of these.
+    steps would win another 1 %, or the best baseline is not beaten yet. Healthy: none of these.
     """
     last, best = history[-1], min(history, key=lambda point: point.val_loss)
     if last.val_loss > 1.01 * best.val_loss:
@@ -147,19 +147,20 @@ def verdict(history: Sequence[Point], baselines: dict[str, float], kept: float |
             cure = "more text, more dropout or a smaller model would help"
             return Verdict("overfitted", f"Overfitted: since step {best.step:,} it improves only on the training text {where}; {cure}.")
         return Verdict("diverged", f"Diverged: since step {best.step:,} it gets worse even on the training text {where}; lower the learning rate.")
-    gain, counting = _gain_of_doubling(history), baselines.get("trigram", math.inf)
-    if (best.val_loss if kept is None else kept) > counting:
-        steps = max(2 * last.step, _steps_to(counting, history))
-        return _undertrained(f"it is still behind the trigram baseline ({counting:.3f})", steps / last.step, steps)
+    gain, now = _gain_of_doubling(history), best.val_loss if kept is None else kept
+    baseline = min(baselines, key=lambda name: baselines[name], default=None)
+    if baseline and now > baselines[baseline]:
+        steps = max(2 * last.step, _steps_to(baselines[baseline], history))
+        return _undertrained(f"it is still behind the {baseline} baseline ({baselines[baseline]:.3f})", last.step, steps)
     if gain is None:
-        return _undertrained("one evaluation shows no trend", 2, 2 * last.step)
+        return _undertrained("one evaluation shows no trend", last.step, 2 * last.step)
     if gain > 0.01 * last.val_loss:
-        return _undertrained(f"validation still falls (about {gain:.2f} more for twice the steps)", 2, 2 * last.step)
-    return Verdict("healthy", f"Healthy: validation has levelled off at {best.val_loss:.3f} without overfitting; a larger model or more text comes next.")
+        return _undertrained(f"validation still falls (about {min(gain, last.val_loss):.2f} more for twice the steps)", last.step, 2 * last.step)
+    return Verdict("healthy", f"Healthy: validation has levelled off at {now:.3f} without overfitting; a larger model or more text comes next.")
 
 
-def _undertrained(why: str, times: float, steps: int) -> Verdict:
-    return Verdict("undertrained", f"Undertrained: {why}. Train about {times:.0f} times as long: --resume --steps {steps}.")
+def _undertrained(why: str, done: int, steps: int) -> Verdict:
+    return Verdict("undertrained", f"Undertrained: {why}. Train about {steps / done:.0f} times as long: --resume --steps {steps}.")
 
 
 def _gain_of_doubling(history: Sequence[Point]) -> float | None:

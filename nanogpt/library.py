@@ -52,12 +52,18 @@ class Model:
         self.tokenizer: Tokenizer = parts.tokenizer
         self.summary: dict[str, Any] = parts.summary
 
+    def __repr__(self) -> str:
+        c = self._model.config
+        return f"Model({c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.context_length}, step {self.summary['step']}, from {self._path})"
+
     def stream(self, prompt: str | None = None, *, seed: int | None = None, strict: bool = False, **sampling: Any) -> Iterator[str]:
         """Pieces of text that continue `prompt`, as they are made; together at most `max_tokens` tokens.
 
         `sampling` takes the fields of `SamplingConfig`. Same seed, same text; without a seed, another text each time.
         Errors: `UserError` for a wrong setting and, with `strict`, for characters the model never saw (else it warns).
         """
+        if isinstance(sampling.get("stop"), str):
+            sampling["stop"] = (sampling["stop"],)
         settings = resolve_sampling(sampling)
         unused = self.summary["unused"]
         seed = new_seed() if seed is None else seed
@@ -67,14 +73,14 @@ class Model:
         drawn = generate.tokens(self._model, ids, settings, seed, self._machine, unused)
         return generate.text(self.tokenizer, drawn, settings.stop)
 
-    def evaluate(self, *text: str | os.PathLike[str], context_length: int | None = None) -> Evaluation:
+    def evaluate(self, *text: str | os.PathLike[str], context_length: int | None = None, encoding: str | None = None) -> Evaluation:
         """The loss on a text, or without one on the validation split of the run that made the model.
 
         Errors: `UserError` when there is no such text, or when the context is longer than the model's.
         """
         own = self._model.config.context_length
         if context_length is not None and not 1 <= context_length <= own:
-            raise UserError(f"The model looks back on at most {own} tokens, not {context_length}.", f"Use --context-length {own} or less.")
+            raise UserError(f"The model looks back on at most {own} tokens, not {context_length}.", f"Use --context-length 1 to {own}.")
         try:
             prepared = self._text or self._find_text()
         except UserError as error:  # without the training text there are no baselines, but still a loss
@@ -83,7 +89,7 @@ class Model:
             warnings.warn(f"No baselines: {error}", Notice, stacklevel=2)
             prepared = None
         if text:
-            tokens, n_bytes = self._encode([os.fspath(path) for path in text])
+            tokens, n_bytes = self._encode([os.fspath(path) for path in text], encoding)
             baselines = ngram_losses(prepared.train, tokens) if prepared else {}
         elif prepared:
             tokens, n_bytes, baselines = prepared.val, prepared.about["val_bytes"], prepared.about["baselines"]
@@ -117,9 +123,9 @@ class Model:
         prepared = _text_of(run, resolve(read_toml(run / "config.toml")))
         return prepared if prepared.about["fingerprint"] == self.summary["text"] else None
 
-    def _encode(self, sources: Sequence[str]) -> tuple[np.ndarray, int]:
+    def _encode(self, sources: Sequence[str], encoding: str | None) -> tuple[np.ndarray, int]:
         pieces, n_bytes = [], 0
-        for document in (documents := expand(sources)):
+        for document in (documents := expand(sources, encoding)):
             for chunk in document.chunks():
                 pieces.append(self.tokenizer.encode_array(chunk))
                 n_bytes += len(chunk.encode())
@@ -162,6 +168,8 @@ def train(
     given = (read_toml(Path(config)) if config else {}) | settings
     if isinstance(given.get("val"), str | os.PathLike):
         given["val"] = findable(os.fspath(given["val"]))
+    if resume and out is None:
+        raise UserError("There is no run to go on with.", "Name its folder: --out RUN, in Python out=RUN.")
     if resume and overwrite:
         raise UserError("A run cannot be resumed and overwritten at once.", "Leave out --resume or --overwrite.")
     with ExitStack() as stack:
@@ -171,7 +179,10 @@ def train(
         if resume and not resuming:
             warnings.warn(f"There is no saved state in {run}: starting afresh.", Notice, stacklevel=2)
         settled, prepared, place = _settle(run, sources, given, resuming)
-        model, optimizer = _new_model(settled, prepared, place)
+        try:
+            model, optimizer = _new_model(settled, prepared, place)
+        except RuntimeError as error:
+            raise machine.out_of_memory(error, f"a model of this shape: {settled.model}") from error
         require_space(run, 8 * sum(p.nbytes for p in model.parameters()))  # model and state, each also while it is replaced
         stack.enter_context(locked(run / ".lock"))
         if resuming:
@@ -200,6 +211,8 @@ def _settle(run: Path, sources: Sequence[str], given: dict[str, Any], resuming: 
         _require_unchanged(saved, given)
         given = saved | given
     settled = resolve(given)
+    if resuming and (checkpoint.latest_step(run) or 0) > settled.training.steps:
+        raise UserError(f"The run in {run} is at step {checkpoint.latest_step(run):,} already, past --steps {settled.training.steps}.", "Give it more steps.")
     prepared = _text_of(run, settled, sources) if resuming else _new_text(sources, settled)
     settled = _fit_context(settled, given, len(prepared.train))
     place = machine.choose(settled.machine)
@@ -219,7 +232,11 @@ def _new_text(sources: Sequence[str], settled: Config) -> Prepared:
 
 def _text_of(run: Path, settled: Config, sources: Sequence[str] = ()) -> Prepared:
     """The text that a run was begun with: as it was prepared, or prepared again from where it lay or lies now."""
-    about = json.loads((run / "text.json").read_text(encoding="utf-8"))
+    try:
+        about = json.loads((run / "text.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        what = f"What the run in {run} knew of its text is missing or damaged: {error}."
+        raise UserError(what, "Train anew: --overwrite, or --out ANOTHER_FOLDER.") from error
     if not sources and (Path(about["folder"]) / "about.json").is_file():
         return replace(open_prepared(Path(about["folder"])), about=about)
     if not sources and "-" in about["sources"]:

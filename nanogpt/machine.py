@@ -65,6 +65,13 @@ def choose(asked: MachineConfig) -> Machine:
     return Machine(torch.device(device), getattr(torch, dtype), torch.get_num_threads())
 
 
+def out_of_memory(error: RuntimeError, what: str) -> Exception:
+    """What to raise for an error of PyTorch's: itself, or in words if it says that memory ran out (there is a class for that on GPUs only)."""
+    if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+        return error
+    return UserError(f"There is not enough memory for {what}: {error}", "Lower --batch-size, --context-length, --n-embd or --n-layer.")
+
+
 def _keep_memory() -> None:
     """Have glibc keep what is freed. Else it gives every large tensor back to the system, and each step waits for fresh zeroed
     pages again, which takes a third to a half of the seed recipe's time."""

@@ -147,7 +147,7 @@ def _cut(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
             break
     write_text(path, "".join(kept))
 
@@ -181,14 +181,14 @@ class Terminal:
                 self.stepped(event)
             case Evaluated():
                 self.val_loss, self.val_bits = event.val_loss, event.bits_per_byte
-                self.line(event.step, event.train_loss, self.left(event.step), "  best so far" if event.best else "")
+                self.line(event.step, self.train_loss, self.left(event.step), "  best so far" if event.best else "")
             case Sampled():
                 self.console.print(printable(event.text) + "\n", style="dim")
             case Interrupted():
-                self.progress.stop()
+                self.close()
                 self.console.print(f"Stopped and saved at step {event.step:,}. Go on with: nanogpt train --resume --out {shlex.quote(self.run)}")
             case Finished():
-                self.progress.stop()
+                self.close()
                 self.finished(event)
 
     def started(self, event: Started) -> None:
@@ -214,7 +214,7 @@ class Terminal:
 
     def stepped(self, event: Stepped) -> None:
         fresh = math.isnan(self.train_loss)
-        self.train_loss = event.train_loss if fresh else 0.95 * self.train_loss + 0.05 * event.train_loss
+        self.train_loss = event.train_loss if fresh else 0.8 * self.train_loss + 0.2 * event.train_loss
         self.speed = event.tokens_per_second if fresh else 0.95 * self.speed + 0.05 * event.tokens_per_second
         left, now = self.left(event.step), time.perf_counter()
         if event.step == min(self.first + 4, self.steps):
@@ -244,7 +244,8 @@ class Terminal:
 
     def close(self) -> None:
         """Give the terminal back, whatever happened."""
-        self.progress.stop()
+        if self.progress.live.is_started:
+            self.progress.stop()
 
 
 def loss_table(loss: Loss, baselines: dict[str, float], name: str) -> Table:

@@ -18,12 +18,13 @@ from nanogpt import checkpoint, data, generate
 from nanogpt.config import SamplingConfig, TrainingConfig
 from nanogpt.errors import UserError
 from nanogpt.evaluate import Loss, Point, evaluate, verdict
-from nanogpt.machine import Machine
+from nanogpt.machine import Machine, out_of_memory
 from nanogpt.model import GPT
 from nanogpt.optim import schedule
 from nanogpt.prepare import Prepared
 from nanogpt.report import Evaluated, Event, Finished, Interrupted, Sampled, Saved, Saving, Stepped
 
+SAVE_SECONDS = 300.0  # at most so long between two saves, also where evaluations are further apart
 LONGEST_WARMUP = 0.1  # of the run: a shorter run than the settings had in mind is not to end before its rate has risen
 SAMPLE = SamplingConfig(max_tokens=200)
 EVALUATION_SHARE, EVALUATIONS_SHARE = 0.02, 0.1  # of the run's arithmetic may go into one evaluation, and into all,
@@ -59,6 +60,7 @@ class Trainer:
     ):  # fmt: skip
         self.model, self.optimizer, self.text, self.settings = model, optimizer, text, settings
         self.machine, self.run, self.position, self.asked_to_stop = machine, run, position, asked_to_stop
+        self.saved_at = time.monotonic()
         if position.step == 0:
             position.val_tokens = self.limit()
 
@@ -72,13 +74,13 @@ class Trainer:
             try:
                 yield self.step()
             except RuntimeError as error:
-                raise self._out_of_memory(error) from error
+                raise out_of_memory(error, f"a step of {settings.batch_size} windows of {self.model.config.context_length} tokens") from error
             due = position.step % settings.eval_every == 0 or position.step == settings.steps
             if due:
                 yield self.evaluate()
                 yield self.sample()
             stop = self.asked_to_stop()
-            if due or stop:
+            if due or stop or time.monotonic() - self.saved_at > SAVE_SECONDS:
                 yield Saving(position.step)
                 yield self.save()
             if stop and position.step < settings.steps:
@@ -138,8 +140,11 @@ class Trainer:
         return Sampled(self.position.step, "".join(generate.text(self.text.tokenizer, ids)))
 
     def save(self) -> Saved:
-        """Write all that it takes to go on from here."""
+        """Write all that it takes to go on from here; before the first evaluation, also the model, so that one can look at it."""
+        if self.position.best is None:
+            checkpoint.save_model(self.run / "model.safetensors", self.model, self.text.tokenizer, self.summary(None))
         checkpoint.save_state(self.run, self.position.step, self.model, self.optimizer, asdict(self.position))
+        self.saved_at = time.monotonic()
         return Saved(self.position.step)
 
     def finish(self) -> Finished:
@@ -151,14 +156,14 @@ class Trainer:
         checkpoint.save_model(self.run / "model.safetensors", kept.model, self.text.tokenizer, summary)
         return Finished(self.position.step, kept.summary["step"], loss, self.text.about["baselines"], judged, self.position.seconds)
 
-    def summary(self, loss: Loss) -> dict[str, Any]:
-        """What a model file tells of its training, besides weights, settings and tokenizer."""
+    def summary(self, loss: Loss | None) -> dict[str, Any]:
+        """What a model file tells of its training, besides weights, settings and tokenizer; without a loss, before the first evaluation, less."""
         about = self.text.about
-        return {
-            "step": self.position.step, "val_loss": loss.val_loss, "bits_per_byte": loss.bits_per_byte, "val_tokens": loss.tokens,
-            "text": about["fingerprint"], "baselines": about["baselines"], "unused": about["unused"],
-            "verdict": verdict(self.position.history, about["baselines"]).asdict(),
-        }  # fmt: skip
+        summary = {"step": self.position.step, "text": about["fingerprint"], "baselines": about["baselines"], "unused": about["unused"]}
+        if loss is not None:
+            summary |= {"val_loss": loss.val_loss, "bits_per_byte": loss.bits_per_byte, "val_tokens": loss.tokens}
+            summary["verdict"] = verdict(self.position.history, about["baselines"]).asdict()
+        return summary
 
     def validation_loss(self, model: GPT, limit: int | None) -> Loss:
         return evaluate(model, self.text.val, self.text.about["val_bytes"], self.machine, limit=limit)
@@ -173,16 +178,6 @@ class Trainer:
     def out_of_patience(self) -> bool:
         best = self.position.best
         return best is not None and self.settings.patience > 0 and sum(p.step > best.step for p in self.position.history) >= self.settings.patience
-
-    def _out_of_memory(self, error: RuntimeError) -> Exception:
-        """The error itself, unless it says that memory ran out: PyTorch has a class for that on GPUs only."""
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            return error
-        tokens = self.settings.batch_size * self.model.config.context_length
-        return UserError(
-            f"There is not enough memory for a step of {self.settings.batch_size} windows of {self.model.config.context_length} tokens ({tokens:,}): {error}",
-            f"Lower one of --batch-size (say, {max(1, self.settings.batch_size // 2)}), --context-length, --n-embd or --n-layer.",
-        )
 
     def _not_a_number(self, loss: float, rate: float, grad_norm: float) -> UserError:
         saved = checkpoint.latest_step(self.run)

@@ -13,8 +13,9 @@ from nanogpt import cli
 SURFACE = {
     "train": "--batch-size --config --context-length --device --dropout --dtype --encoding --eval-every --grad-clip --learning-rate --n-embd --n-head "
     "--n-layer --out --overwrite --patience --resume --seed --steps --threads --tokenizer --val --val-bytes --warmup-steps --weight-decay",
-    "sample": "--device --dtype --json --max-tokens --min-p --n --prompt --prompt-file --seed --stop --strict --temperature --threads --top-k --top-p",
-    "eval": "--context-length --device --dtype --json --threads",
+    "sample": "--device --dtype --encoding --json --max-tokens --min-p --n --prompt --prompt-file --seed --stop --strict --temperature --threads "
+    "--top-k --top-p",
+    "eval": "--context-length --device --dtype --encoding --json --threads",
 }
 SMALL = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | {"steps": 4, "eval_every": 2, "dropout": 0}).items()]
 
@@ -161,6 +162,8 @@ def test_a_run_is_named_after_its_text(story, tmp_path, monkeypatch):
         (["sample", "RUN", "--seed", "99999999999999999999"], "out of range"),
         (["sample", "RUN", "--prompt-file", "python-docs"], "no prompt file"),
         (["sample", "STORY"], "not a model file"),
+        (["train", "https://example.org/book.txt"], "Download it first"),
+        (["train", "STORY", "--out", "big", "--n-embd", "4000000", "--n-head", "1"], "not enough memory for a model"),
         (["eval", "RUN", "--context-length", "99"], "at most 16 tokens"),
     ],
 )

@@ -264,6 +264,27 @@ def test_what_a_person_put_into_a_run_folder_stays(story, whole):
     assert (whole / "notes.txt").read_text() == "mine"
 
 
+def test_a_run_stopped_before_its_first_evaluation_has_a_model_to_look_at(story, tmp_path):
+    def stop(event):
+        if isinstance(event, Stepped) and event.step == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        nanogpt.train(story, tmp_path / "run", on_event=stop, **RUN)
+    model = nanogpt.load(tmp_path / "run")
+    assert len("".join(model.stream("The", max_tokens=9, seed=1))) == 9
+    assert model.evaluate().verdict is None
+    assert "step 5" in repr(model)
+
+
+def test_time_too_leads_to_saves_and_they_change_nothing(story, tmp_path, whole, monkeypatch):
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
+    saved = []
+    nanogpt.train(story, tmp_path / "run", on_event=lambda event: saved.append(event.step) if isinstance(event, Saved) else None, **RUN)
+    assert saved == list(range(1, 101))
+    same(tmp_path / "run", whole)
+
+
 def test_two_processes_do_not_train_in_one_folder(story, tmp_path):
     run, refused = tmp_path / "run", []
 
@@ -304,7 +325,7 @@ def test_out_of_memory_says_what_to_lower(story, tmp_path, monkeypatch):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9999 bytes")
 
     monkeypatch.setattr("nanogpt.model.GPT.nats", nats)
-    with pytest.raises(UserError, match=r"not enough memory for a step of 4 windows of 16 tokens[\s\S]*--batch-size \(say, 2\)"):
+    with pytest.raises(UserError, match=r"not enough memory for a step of 4 windows of 16 tokens[\s\S]*Lower --batch-size"):
         nanogpt.train(story, tmp_path / "run", **RUN)
 
 
@@ -339,6 +360,11 @@ def test_the_library_refuses_in_words(story, tmp_path, whole):
             model.stream("a", seed=seed)
     with pytest.raises(UserError, match="load takes"):
         nanogpt.load(whole, steps=5)
+    with pytest.raises(UserError, match="no run to go on with"):
+        nanogpt.train(story, resume=True)
+    with pytest.raises(UserError, match="at step 100 already"):
+        nanogpt.train(out=whole, resume=True, steps=50)
+    assert "".join(model.stream("The", stop=" ", seed=1)).count(" ") == 0
     with pytest.raises(UserError, match="at once"):
         nanogpt.train(story, whole, resume=True, overwrite=True)
 
