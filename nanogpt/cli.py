@@ -122,7 +122,7 @@ def evaluate(
     model: Path, /, *text: str, context_length: int | None = None, encoding: str | None = None, as_json: AsJson = False,
     machine: MachineSettings = MachineConfig(),
 ) -> None:  # fmt: skip
-    """Measure a model on a text, beside what mere counting reaches.
+    """Measure a model on a text, next to n-gram baselines.
 
     Parameters
     ----------

@@ -176,7 +176,7 @@ def _file(name: str, path: Path) -> Document:
 
 
 def _folder(folder: Path, encoding: str | None) -> list[Document]:
-    """Every text file below a folder, by name; hidden ones are left out, others that are not text are left out and named."""
+    """Every text file below a folder, by name; hidden files are skipped, and what is not text is skipped and listed."""
     texts: list[Document] = []
     left_out: list[Document] = []
     for parent, folders, names in os.walk(folder):
@@ -216,7 +216,7 @@ def _nothing_there(source: str, path: Path) -> UserError:
 
 
 def _spooled(name: str, stream: BinaryIO) -> Document:
-    """What can be read but once is kept in a nameless file on disk, which goes with the process."""
+    """A stream that can be read only once is spooled to a temporary file, which goes with the process."""
     spool = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the document)
     shutil.copyfileobj(stream, spool, CHUNK)
     spool.flush()

@@ -1,6 +1,6 @@
-"""The two things Nano-GPT says to a person rather than to a program.
+"""What Nano-GPT says to a person rather than to a program.
 
-In: a sentence with the numbers in it, and the command that mends it. Out: an exception or a warning that `cli.py` prints as it stands.
+In: a sentence with the numbers in it, and the command that fixes the problem. Out: an exception or a warning that `cli.py` prints as it stands.
 """
 
 
@@ -16,4 +16,4 @@ class UserError(Exception):
 
 
 class Notice(UserWarning):
-    """Something a person should know although the work goes on: given to `warnings.warn`, so that a program can silence it."""
+    """A warning that does not stop the work, for a person: given to `warnings.warn`, so that a program can silence it."""

@@ -1,4 +1,4 @@
-"""How good a model is, in numbers that can be compared: loss over a whole split, bits per byte, and what mere counting reaches.
+"""How good a model is, in numbers that can be compared: loss over a whole split, bits per byte, n-gram baselines.
 
 In: a model and held-out tokens, or a history of losses. Out: sums that are divided once, baselines, and a verdict in words.
 """
@@ -63,7 +63,7 @@ def evaluate(model: GPT, tokens: np.ndarray, n_bytes: int, machine: Machine, con
 
 
 def ngram_losses(train: np.ndarray, val: np.ndarray) -> dict[str, float]:
-    """What counting reaches: nats per token of `val` (N,) under uniform, unigram, bigram and trigram models of `train` (M,).
+    """The n-gram baselines: nats per token of `val` (N,) under uniform, unigram, bigram and trigram models of `train` (M,).
 
     Smoothing is Witten and Bell's (1991; Chen and Goodman 1998, section 2.5): a context seen c times with u different
     successors trusts its own counts with c / (c + u) and the shorter context with the rest. "uniform" spreads evenly
@@ -130,6 +130,7 @@ class Verdict:
     sentence: str
 
     def asdict(self) -> dict[str, str]:
+        """For JSON."""
         return asdict(self)
 
 

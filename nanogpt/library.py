@@ -38,7 +38,7 @@ MAY_CHANGE = {"steps", "eval_every", "patience", "device", "dtype", "threads"}  
 
 @dataclass(frozen=True)
 class Evaluation(Loss):
-    """A loss, with what counting reaches on the same text (nothing, where the training text is gone) and the verdict on the training."""
+    """A loss, with the n-gram baselines on the same text (none, where the training text is gone) and the verdict on the training."""
 
     baselines: dict[str, float]
     verdict: Verdict | None

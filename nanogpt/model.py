@@ -77,6 +77,7 @@ class Attention(nn.Module):
         self.dropout = Dropout(config.dropout, place=3 * layer + 1)
 
     def forward(self, x: Tensor, keys: Tensor | None, cache: KVCache | None) -> Tensor:
+        """x (B, T, C) -> (B, T, C); keys (B,) for dropout; with a cache, the T tokens also attend to what it holds."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache is not None:
@@ -106,6 +107,7 @@ class FeedForward(nn.Module):
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, C), every position for itself."""
         return self.proj(F.gelu(self.fc(x), approximate="tanh"))
 
 
@@ -122,6 +124,7 @@ class Block(nn.Module):
         self.drop_2 = Dropout(config.dropout, place=3 * layer + 3)
 
     def forward(self, x: Tensor, keys: Tensor | None, cache: KVCache | None) -> Tensor:
+        """x (B, T, C) -> (B, T, C); keys and cache as in `Attention`."""
         x = x + self.drop_1(self.attn(self.ln_1(x), keys, cache), keys)
         return x + self.drop_2(self.mlp(self.ln_2(x)), keys)
 
@@ -140,7 +143,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """GPT-2's first weights: normal with deviation 0.02, the projections into the stream smaller by 1 / sqrt(2 n_layer)."""
+        """GPT-2's initialisation: standard deviation 0.02, residual projections scaled down by sqrt(2 n_layer), norms and biases at rest."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 narrow = math.sqrt(2 * self.config.n_layer) if name.endswith("proj.weight") else 1.0

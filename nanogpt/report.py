@@ -192,6 +192,7 @@ class Terminal:
                 self.finished(event)
 
     def started(self, event: Started) -> None:
+        """Say what is about to happen: text, model, machine and folder."""
         model, text = event.config.model, event.text
         self.run, self.first, self.steps = event.run, event.step, event.config.training.steps
         self.bits = text["train_tokens"] / text["train_bytes"] / math.log(2)  # bits per byte for a nat per token
@@ -213,6 +214,7 @@ class Terminal:
             self.progress.start()
 
     def stepped(self, event: Stepped) -> None:
+        """Move the progress line on, and after a few steps say how long the run will take."""
         fresh = math.isnan(self.train_loss)
         self.train_loss = event.train_loss if fresh else 0.8 * self.train_loss + 0.2 * event.train_loss
         self.speed = event.tokens_per_second if fresh else 0.95 * self.speed + 0.05 * event.tokens_per_second
@@ -230,14 +232,17 @@ class Terminal:
         return (time.perf_counter() - self.begin) / (step - self.first) * (self.steps - step)
 
     def line(self, step: int, train_loss: float, left: float, note: str = "") -> None:
+        """Print the progress line so that it stays."""
         self.console.print(self.describe(step, train_loss, left) + note)
         self.last_line = time.perf_counter()
 
     def describe(self, step: int, train_loss: float, left: float) -> str:
+        """The progress line: in 80 columns, but for runs of many hours."""
         val = "" if math.isnan(self.val_loss) else f"  val {self.val_loss:.3f} ({self.val_bits:.3f})"
         return f"{step:,}/{self.steps:,}  {self.speed:,.0f} tok/s  train {train_loss:.3f} ({train_loss * self.bits:.3f}){val}  {duration(left)} left"
 
     def finished(self, event: Finished) -> None:
+        """Place the model among the baselines, and give the verdict."""
         self.console.print(loss_table(event.loss, event.baselines, f"this model (step {event.best_step:,})"))
         self.console.print(f"\n{event.verdict.sentence}\n")
         self.console.print(f"{event.step:,} steps in {duration(event.seconds)}. Let it write: nanogpt sample {shlex.quote(self.run)}")
@@ -249,7 +254,7 @@ class Terminal:
 
 
 def loss_table(loss: Loss, baselines: dict[str, float], name: str) -> Table:
-    """The model between what counting reaches, best last."""
+    """The model among the n-gram baselines, best last."""
     table = Table("", "nats per token", "bits per byte", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"

@@ -50,7 +50,7 @@ class Tokenizer:
         return self.backend.to_str()
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of any text. Errors: `UserError` for half a surrogate pair, which is not Unicode text."""
+        """The token ids of any text. Errors: `UserError` for an unpaired surrogate, which is not valid Unicode."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -58,7 +58,7 @@ class Tokenizer:
         try:
             points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         except UnicodeEncodeError as error:
-            raise UserError(f"Character {error.start} of the text, {text[error.start]!r}, is half a surrogate pair and has no meaning.") from error
+            raise UserError(f"Character {error.start} of the text, {text[error.start]!r}, is an unpaired surrogate, which is not valid Unicode.") from error
         ids = self._table[points]
         unknown = ids == self.vocab_size
         if not unknown.any():

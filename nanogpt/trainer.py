@@ -44,10 +44,12 @@ class Position:
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "Position":
+        """The position that was saved as JSON."""
         return cls(**{**saved, "history": [Point(**point) for point in saved["history"]]})
 
     @property
     def best(self) -> Point | None:
+        """The evaluation with the lowest validation loss; None before the first."""
         return min(self.history, key=lambda point: point.val_loss, default=None)
 
 
@@ -166,6 +168,7 @@ class Trainer:
         return summary
 
     def validation_loss(self, model: GPT, limit: int | None) -> Loss:
+        """The loss of a model on the validation split, or on `limit` tokens of it."""
         return evaluate(model, self.text.val, self.text.about["val_bytes"], self.machine, limit=limit)
 
     def limit(self) -> int | None:
@@ -176,6 +179,7 @@ class Trainer:
         return max(int(tokens), FEWEST_TOKENS) if tokens < len(self.text.val) else None
 
     def out_of_patience(self) -> bool:
+        """Whether as many evaluations as `patience` allows have passed since the best one."""
         best = self.position.best
         return best is not None and self.settings.patience > 0 and sum(p.step > best.step for p in self.position.history) >= self.settings.patience
 
