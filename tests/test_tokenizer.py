@@ -74,8 +74,8 @@ def test_unknown_characters_are_named_with_their_positions(tokenizer, text):
 
 
 @given(any_tokenizer, st.text(), st.text(), st.characters(categories=["Cs"]))
-def test_half_a_surrogate_pair_is_refused_with_its_place(tokenizer, before, after, half):
-    with pytest.raises(UserError, match=rf"Character {len(before)} of the text, '\\ud[0-9a-f]{{3}}', is half a surrogate pair"):
+def test_an_unpaired_surrogate_is_refused_with_its_place(tokenizer, before, after, half):
+    with pytest.raises(UserError, match=rf"Character {len(before)} of the text, '\\ud[0-9a-f]{{3}}', is an unpaired surrogate"):
         tokenizer.encode(before + half + after)
 
 
