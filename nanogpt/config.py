@@ -33,10 +33,14 @@ AnySection = TypeVar("AnySection", bound=Section)
 class ModelConfig(Section):
     """The shape of the network."""
 
+    arch: Literal["classic", "modern"] = "classic"
+    """classic is shaped like GPT-2, modern like Qwen3; modern learns faster."""
     n_layer: Annotated[int, Field(ge=1)] = 6
     """Blocks of attention and feed-forward, one after another."""
     n_head: Annotated[int, Field(ge=1)] = 6
     """Attention heads in a block; must divide n_embd."""
+    n_kv_head: Annotated[int | None, Field(ge=1)] = None
+    """Heads of keys and values, for modern; must divide n_head. [default: n_head]"""
     n_embd: Annotated[int, Field(ge=1)] = 384
     """Width: channels of the vector that stands for a token."""
     context_length: Annotated[int, Field(ge=1)] = 256
@@ -202,9 +206,13 @@ def _unknown(name: str, known: Collection[str]) -> str:
 
 
 def _contradictions(config: Config) -> list[str]:
-    n_embd, n_head = config.model.n_embd, config.model.n_head
-    if n_embd % n_head == 0:
-        return []
-    below, above = n_embd // n_head * n_head, -(-n_embd // n_head) * n_head
-    nearest = min((width for width in (below, above) if width), key=lambda width: abs(width - n_embd))
-    return [f"n_embd = {n_embd} cannot be shared among n_head = {n_head} heads. The nearest width is --n-embd {nearest}."]
+    model, found = config.model, []
+    if model.n_embd % model.n_head:
+        below, above = model.n_embd // model.n_head * model.n_head, -(-model.n_embd // model.n_head) * model.n_head
+        nearest = min((width for width in (below, above) if width), key=lambda width: abs(width - model.n_embd))
+        found.append(f"n_embd = {model.n_embd} cannot be shared among n_head = {model.n_head} heads. The nearest width is --n-embd {nearest}.")
+    elif model.arch == "modern" and model.n_embd // model.n_head % 2:
+        found.append(f"n_embd = {model.n_embd} over n_head = {model.n_head} gives heads of an odd width, and modern turns channels in pairs.")
+    if model.n_kv_head is not None and (model.arch == "classic" or model.n_head % model.n_kv_head):
+        found.append(f"n_kv_head = {model.n_kv_head} goes with arch = 'modern' and must divide n_head = {model.n_head}.")
+    return found

@@ -1,10 +1,13 @@
 """A GPT and its key-value cache; nothing else.
 
-In: token ids. Out: logits. The shape is GPT-2's (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners",
-section 2.3): learned positions, blocks that normalise before attention and before a four times wider GELU feed-forward, each
-added to the residual stream, a last LayerNorm, and a head that shares the embedding's weights.
+In: token ids. Out: logits. One network in two shapes:
 
-B batch, T time, C channels (n_embd), H heads, D channels per head, V vocabulary; S times that are attended to.
+`classic` is GPT-2's (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3): learned positions, LayerNorm
+before attention and before a four times wider GELU feed-forward, biases, and a head that is the embedding's own matrix.
+`modern` is Qwen3's (Yang et al. 2025, "Qwen3 Technical Report", section 2): rotary positions, RMSNorm, normalised queries and keys,
+SwiGLU, no biases, key and value heads that may be shared, and a head of its own.
+
+B batch, T time, C channels (n_embd), H query heads, K key and value heads, D channels per head, V vocabulary; S times that are attended to.
 """
 
 import math
@@ -15,6 +18,9 @@ from torch import Tensor, nn
 
 from nanogpt.config import ModelConfig
 
+ROPE_BASE = 10_000.0  # wavelengths of the rotary positions go from 2 pi to 2 pi times this (Su et al. 2021, section 3.3)
+EPSILON = 1e-6  # of RMSNorm, as in Qwen3
+
 
 class KVCache:
     """Keys and values of the tokens a model has read, so that the next token costs one step instead of a whole window.
@@ -23,13 +29,13 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, batch, config.n_head, config.context_length, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, H, S, D)
+        shape = (config.n_layer, batch, config.n_kv_head or config.n_head, config.context_length, config.n_embd // config.n_head)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, K, S, D)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the (B, H, T, D) of new tokens behind the others; give all (B, H, length + T, D) of the layer."""
+        """Put the (B, K, T, D) of new tokens behind the others; give all (B, K, length + T, D) of the layer."""
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
@@ -67,27 +73,40 @@ def _mix32(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2)."""
+    """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2).
+
+    In `modern`, queries and keys are normalised and turned by their position, and `n_kv_head` heads of keys and values may serve
+    several queries each (Ainslie et al. 2023, section 2.2).
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.n_head, self.layer = config.n_head, layer
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.proj = nn.Linear(config.n_embd, config.n_embd)
-        self.dropout = Dropout(config.dropout, place=3 * layer + 1)
+        self.layer, self.modern = layer, config.arch == "modern"
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
+        self.head_dim = config.n_embd // config.n_head
+        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=not self.modern)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not self.modern)
+        if self.modern:
+            self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim, EPSILON), nn.RMSNorm(self.head_dim, EPSILON)
+        self.dropout = Dropout(0.0 if self.modern else config.dropout, place=3 * layer + 1)
 
-    def forward(self, x: Tensor, keys: Tensor | None, cache: KVCache | None) -> Tensor:
-        """x (B, T, C) -> (B, T, C); keys (B,) for dropout; with a cache, the T tokens also attend to what it holds."""
+    def forward(self, x: Tensor, turn: Tensor | None, keys: Tensor | None, cache: KVCache | None) -> Tensor:
+        """x (B, T, C) -> (B, T, C). `turn` is that of `turns`, for modern; keys (B,) for dropout; with a cache, the T tokens also attend to what it holds."""
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2K, T, D)
+        q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        if turn is not None:
+            q, k = rotate(self.q_norm(q), turn), rotate(self.k_norm(k), turn)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # (B, H, S, D)
+            k, v = cache.extend(self.layer, k, v)  # (B, K, S, D)
+        if self.n_kv_head < self.n_head:
+            k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))  # (B, H, S, D)
         S = k.shape[2]
         if keys is None or self.dropout.zeros == 0:
             mask = None if T in (1, S) else _causal(T, S, x.device)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S)
         else:  # the fused kernels have their own random numbers; dropout on the probabilities needs the probabilities
-            scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, H, T, S)
+            scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3)  # (B, H, T, S)
             probabilities = scores.masked_fill_(~_causal(T, S, x.device), -math.inf).softmax(dim=3)
             y = self.dropout(probabilities, keys) @ v  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
@@ -98,17 +117,41 @@ def _causal(T: int, S: int, device: torch.device) -> Tensor:
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
+def turns(positions: Tensor, head_dim: int) -> Tensor:
+    """Cosines and sines (2, T, D / 2) by which each position turns each pair of channels (Su et al. 2021, section 3.4.2)."""
+    pairs = torch.arange(0, head_dim, 2, device=positions.device)
+    angles = positions[:, None] * ROPE_BASE ** (-pairs / head_dim)  # (T, D / 2)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """x (B, H, T, D) with channel i and channel i + D / 2 turned as a pair, which is the order of Llama's and Qwen's weights."""
+    a, b = x.float().chunk(2, dim=3)
+    cos, sin = turn[0], turn[1]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=3).type_as(x)
+
+
 class FeedForward(nn.Module):
-    """Two linear layers around a GELU (its tanh form, as in GPT-2)."""
+    """Two linear layers: in `classic` around a GELU (its tanh form, as in GPT-2), in `modern` around a SwiGLU (Shazeer 2020, section 2)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.modern = config.arch == "modern"
+        hidden = swiglu_width(config.n_embd) if self.modern else 4 * config.n_embd
+        self.fc = nn.Linear(config.n_embd, 2 * hidden if self.modern else hidden, bias=not self.modern)  # modern: gate, then value
+        self.proj = nn.Linear(hidden, config.n_embd, bias=not self.modern)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C), every position for itself."""
+        if self.modern:
+            gate, value = self.fc(x).chunk(2, dim=2)
+            return self.proj(F.silu(gate) * value)
         return self.proj(F.gelu(self.fc(x), approximate="tanh"))
+
+
+def swiglu_width(n_embd: int) -> int:
+    """Channels inside a SwiGLU with the parameters of a four times wider layer: 8/3 of the width, rounded up to a multiple of 32."""
+    return -(-8 * n_embd // 3 // 32) * 32
 
 
 class Block(nn.Module):
@@ -116,62 +159,88 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = Attention(config, layer)
+        self.ln_1, self.ln_2 = norm(config), norm(config)
+        self.attn, self.mlp = Attention(config, layer), FeedForward(config)
         self.drop_1 = Dropout(config.dropout, place=3 * layer + 2)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = FeedForward(config)
         self.drop_2 = Dropout(config.dropout, place=3 * layer + 3)
 
-    def forward(self, x: Tensor, keys: Tensor | None, cache: KVCache | None) -> Tensor:
-        """x (B, T, C) -> (B, T, C); keys and cache as in `Attention`."""
-        x = x + self.drop_1(self.attn(self.ln_1(x), keys, cache), keys)
+    def forward(self, x: Tensor, turn: Tensor | None, keys: Tensor | None, cache: KVCache | None) -> Tensor:
+        """x (B, T, C) -> (B, T, C); the rest as in `Attention`."""
+        x = x + self.drop_1(self.attn(self.ln_1(x), turn, keys, cache), keys)
         return x + self.drop_2(self.mlp(self.ln_2(x)), keys)
 
 
+def norm(config: ModelConfig) -> nn.Module:
+    """The normalisation of the stream."""
+    return nn.RMSNorm(config.n_embd, EPSILON) if config.arch == "modern" else nn.LayerNorm(config.n_embd)
+
+
 class GPT(nn.Module):
-    """The whole network. The head is the token embedding's own matrix."""
+    """The whole network.
+
+    The `modern` embedding is brought to unit size as it is read, which steadies training and is the same as an embedding whose
+    rows have that size: so it is exported.
+    """
 
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
         self.wte = nn.Embedding(vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.context_length, config.n_embd)
-        self.drop = Dropout(config.dropout, place=0)
+        if config.arch == "classic":
+            self.wpe = nn.Embedding(config.context_length, config.n_embd)
+        self.drop = Dropout(0.0 if config.arch == "modern" else config.dropout, place=0)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = norm(config)
+        if config.arch == "modern":
+            self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """GPT-2's initialisation: standard deviation 0.02, residual projections scaled down by sqrt(2 n_layer), norms and biases at rest."""
+        """The initial weights: norms and biases at rest, embeddings and matrices random.
+
+        `classic` has GPT-2's: standard deviation 0.02, residual projections scaled down by sqrt(2 n_layer). In `modern`, matrices keep the size of what
+        goes through them; residual projections and the head begin at zero, so that each block begins as the identity (Zhang et
+        al. 2019, "Fixup", section 3.2).
+        """
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                narrow = math.sqrt(2 * self.config.n_layer) if name.endswith("proj.weight") else 1.0
-                parameter.normal_(0.0, 0.02 / narrow, generator=generator)
-            else:
+            into_stream = name.endswith("proj.weight")
+            if parameter.dim() < 2:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            elif self.config.arch == "classic":
+                parameter.normal_(0.0, 0.02 / (math.sqrt(2 * self.config.n_layer) if into_stream else 1.0), generator=generator)
+            elif into_stream or name == "head.weight":
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, 1.0 if name == "wte.weight" else parameter.shape[1] ** -0.5, generator=generator)
 
     def trunk(self, idx: Tensor, keys: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """idx (B, T) -> the stream after the last LayerNorm, (B, T, C). With a cache, idx continues what it holds."""
+        """idx (B, T) -> the stream after the last normalisation, (B, T, C). With a cache, idx continues what it holds."""
         start, T = cache.length if cache is not None else 0, idx.shape[1]
         assert start + T <= self.config.context_length, "more tokens than the context holds"
         positions = torch.arange(start, start + T, device=idx.device)
-        x = self.drop(self.wte(idx) + self.wpe(positions), keys)  # (B, T, C)
+        x, turn = self.wte(idx), None  # (B, T, C)
+        if self.config.arch == "classic":
+            x = self.drop(x + self.wpe(positions), keys)
+        else:
+            x, turn = F.rms_norm(x, x.shape[2:], eps=EPSILON), turns(positions, self.config.n_embd // self.config.n_head)
         for block in self.blocks:
-            x = block(x, keys, cache)
+            x = block(x, turn, keys, cache)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """The stream x (..., C) -> logits (..., V)."""
+        return F.linear(x, self.wte.weight if self.config.arch == "classic" else self.head.weight)
+
     def forward(self, idx: Tensor, keys: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """idx (B, T) -> logits (B, T, V). Dropout acts only where there are keys (B,) int32, one a row (see `data.batch`)."""
-        return F.linear(self.trunk(idx, keys, cache), self.wte.weight)
+        return self.logits(self.trunk(idx, keys, cache))
 
     def next_logits(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """idx (B, T) -> logits of the token after the last, (B, V)."""
-        return F.linear(self.trunk(idx, cache=cache)[:, -1], self.wte.weight)
+        return self.logits(self.trunk(idx, cache=cache)[:, -1])
 
     def nats(self, idx: Tensor, targets: Tensor, keys: Tensor | None = None) -> Tensor:
         """The summed cross-entropy, in nats, of targets (B, T) after idx (B, T): a sum, so that parts can be added before dividing."""
-        logits = self(idx, keys)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        return F.cross_entropy(self(idx, keys).flatten(0, 1).float(), targets.flatten(), reduction="sum")

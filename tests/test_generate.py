@@ -44,11 +44,12 @@ def test_zero_temperature_takes_the_likeliest():
     assert generate.pick(LOGITS, SamplingConfig(temperature=0), torch.Generator()) == 0
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("context_length", [1, 2, 7, 8])
 @pytest.mark.parametrize("prompt", [[3], [1, 2, 3], list(range(10)) * 2])
-def test_cached_equals_uncached_also_past_the_window(make_model, place, seed, context_length, prompt):
-    model, settings = make_model(context_length=context_length), SamplingConfig(max_tokens=40, temperature=1.0)
+def test_cached_equals_uncached_also_past_the_window(make_model, place, seed, context_length, prompt, arch):
+    model, settings = make_model(context_length=context_length, arch=arch), SamplingConfig(max_tokens=40, temperature=1.0)
     cached = list(generate.tokens(model, prompt, settings, seed, place))
     assert cached == list(generate.tokens(model, prompt, settings, seed, place, cached=False))
     assert len(cached) == 40

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
-from nanogpt.model import GPT, Dropout, KVCache
+from nanogpt.model import EPSILON, GPT, ROPE_BASE, Dropout, KVCache, swiglu_width
 
 
 def own_name(theirs: str) -> str:
@@ -48,6 +48,47 @@ def test_logits_and_gradients_equal_those_of_transformers(make_model, n_layer, n
         torch.testing.assert_close(got, expected, atol=1e-5 * max(1.0, expected.abs().max().item()), rtol=1e-5)
 
 
+def qwen3_like(model: GPT) -> Qwen3ForCausalLM:
+    """transformers' Qwen3 with the weights of a model; its embedding has the size that ours gets as it is read."""
+    c = model.config
+    shape = {"vocab_size": model.vocab_size, "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head}
+    shape |= {"num_key_value_heads": c.n_kv_head or c.n_head, "head_dim": c.n_embd // c.n_head, "intermediate_size": swiglu_width(c.n_embd)}
+    rope = {"rope_type": "default", "rope_theta": ROPE_BASE}
+    config = Qwen3Config(**shape, max_position_embeddings=c.context_length, rms_norm_eps=EPSILON, rope_parameters=rope, tie_word_embeddings=False)
+    peer = Qwen3ForCausalLM(config).eval()
+    ours = {"model.embed_tokens.weight": F.rms_norm(model.wte.weight, [c.n_embd], eps=EPSILON), "model.norm.weight": model.ln_f.weight}
+    ours["lm_head.weight"] = model.head.weight
+    for i, block in enumerate(model.blocks):
+        attn, mlp = block.attn, block.mlp
+        q, k, v = attn.qkv.weight.split([heads * attn.head_dim for heads in (attn.n_head, attn.n_kv_head, attn.n_kv_head)])
+        gate, value = mlp.fc.weight.chunk(2)
+        parts = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": attn.proj.weight}
+        parts |= {"self_attn.q_norm": attn.q_norm.weight, "self_attn.k_norm": attn.k_norm.weight, "mlp.gate_proj": gate, "mlp.up_proj": value}
+        parts |= {"mlp.down_proj": mlp.proj.weight, "input_layernorm": block.ln_1.weight, "post_attention_layernorm": block.ln_2.weight}
+        ours |= {f"model.layers.{i}.{name}.weight": part for name, part in parts.items()}
+    peer.load_state_dict(ours)
+    return peer
+
+
+@pytest.mark.parametrize(("n_head", "n_kv_head", "n_embd"), [(1, None, 4), (2, 2, 16), (4, 2, 32), (6, 1, 48)])
+def test_modern_is_qwen3(make_model, n_head, n_kv_head, n_embd):
+    model = make_model(arch="modern", n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, scale=1.0)
+    peer = qwen3_like(model)
+    idx = torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(1))
+    targets = idx.roll(-1, dims=1)
+    ours, theirs = model(idx), peer(idx).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    model.nats(idx, targets).backward()
+    F.cross_entropy(theirs.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+    for i, block in enumerate(model.blocks):
+        layer = peer.model.layers[i]
+        expected = [torch.cat([part.weight.grad for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)])]
+        expected += [layer.mlp.down_proj.weight.grad, layer.self_attn.q_norm.weight.grad, layer.input_layernorm.weight.grad]
+        got = [block.attn.qkv.weight.grad, block.mlp.proj.weight.grad, block.attn.q_norm.weight.grad, block.ln_1.weight.grad]
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5 * max(1.0, b.abs().max().item()), rtol=1e-4)
+
+
 def test_a_token_changes_nothing_before_it(make_model):
     model = make_model()
     idx = torch.randint(11, (1, 8), generator=torch.Generator().manual_seed(1))
@@ -58,9 +99,10 @@ def test_a_token_changes_nothing_before_it(make_model):
     assert not torch.allclose(before[:, 5:], after[:, 5:])
 
 
+@pytest.mark.parametrize("settings", [{}, {"arch": "modern"}, {"arch": "modern", "n_head": 4, "n_kv_head": 2}])
 @pytest.mark.parametrize("pieces", [[8], [1] * 8, [3, 1, 4], [5, 3]])
-def test_reading_in_pieces_through_the_cache_gives_the_same_logits(make_model, pieces):
-    model = make_model()
+def test_reading_in_pieces_through_the_cache_gives_the_same_logits(make_model, pieces, settings):
+    model = make_model(**settings)
     idx = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(1))
     cache = KVCache(model.config, 2, torch.device("cpu"), torch.float32)
     got = torch.cat([model(piece, cache=cache) for piece in idx.split(pieces, dim=1)], dim=1)

@@ -64,6 +64,19 @@ def test_two_runs_of_one_seed_are_identical_and_of_two_are_not(story, tmp_path, 
     assert timeless(tmp_path / "other") != timeless(whole)
 
 
+def test_the_modern_architecture_resumes_exactly_too(story, tmp_path):
+    def stop(event):
+        if isinstance(event, Stepped) and event.step == 13:
+            signal.raise_signal(signal.SIGINT)
+
+    short = RUN | {"arch": "modern", "steps": 30, "eval_every": 10, "dropout": 0.3}
+    nanogpt.train(story, tmp_path / "whole", **short)
+    with pytest.raises(KeyboardInterrupt):
+        nanogpt.train(story, tmp_path / "run", on_event=stop, **short)
+    nanogpt.train(out=tmp_path / "run", resume=True)
+    same(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("at", [1, 50, 60, 99])
 def test_stopped_and_resumed_equals_never_stopped(story, tmp_path, whole, at):
     def stop(event):
