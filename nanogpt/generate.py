@@ -122,7 +122,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | None, unused: Ranges, cont
         what = f"The training text had no {named}."
         if strict:
             raise UserError(what, "Leave it out of the prompt, or leave out --strict and it is spelled by its bytes.")
-        warnings.warn(f"{what} It is spelled by its bytes, which the model never learned: expect nonsense near it.", Notice, stacklevel=2)
+        warnings.warn(f"{what} Such a character is spelled by bytes that the model never learned: expect nonsense near it.", Notice, stacklevel=2)
     ids = tokenizer.encode(prompt or "")
     if len(ids) > context_length:
         kept = max(1, context_length // 2)
