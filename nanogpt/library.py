@@ -12,7 +12,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -179,12 +179,11 @@ def train(
         if resume and not resuming:
             warnings.warn(f"There is no saved state in {run}: starting afresh.", Notice, stacklevel=2)
         settled, prepared, place = _settle(run, sources, given, resuming)
-        try:
+        with machine.memory_for(f"a model of this shape: {settled.model}"):
             model, optimizer = _new_model(settled, prepared, place)
-        except RuntimeError as error:
-            raise machine.out_of_memory(error, f"a model of this shape: {settled.model}") from error
         require_space(run, 8 * sum(p.nbytes for p in model.parameters()))  # model and state, each also while it is replaced
         stack.enter_context(locked(run / ".lock"))
+        checkpoint.require_run_folder(run, resume=resume, overwrite=overwrite)  # again: another process may have been here meanwhile
         if resuming:
             position = Position.from_json(checkpoint.load_state(run, model, optimizer))
         else:
@@ -237,8 +236,9 @@ def _text_of(run: Path, settled: Config, sources: Sequence[str] = ()) -> Prepare
     except (OSError, ValueError) as error:
         what = f"What the run in {run} knew of its text is missing or damaged: {error}."
         raise UserError(what, "Train anew: --overwrite, or --out ANOTHER_FOLDER.") from error
-    if not sources and (Path(about["folder"]) / "about.json").is_file():
-        return replace(open_prepared(Path(about["folder"])), about=about)
+    if not sources:
+        with suppress(UserError):  # the cache may have been cleaned
+            return replace(open_prepared(Path(about["folder"])), about=about)
     if not sources and "-" in about["sources"]:
         raise UserError(f"The text of {run} came from standard input, and its tokens are no longer in {about['folder']}.", "Give it the text again.")
     prepared = prepare(sources or about["sources"], settled.text)

@@ -6,7 +6,8 @@ Refuses: a device that is not there, with what is.
 
 import ctypes
 import platform
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -65,11 +66,15 @@ def choose(asked: MachineConfig) -> Machine:
     return Machine(torch.device(device), getattr(torch, dtype), torch.get_num_threads())
 
 
-def out_of_memory(error: RuntimeError, what: str) -> Exception:
-    """What to raise for an error of PyTorch's: itself, or in words if it says that memory ran out (there is a class for that on GPUs only)."""
-    if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-        return error
-    return UserError(f"There is not enough memory for {what}: {error}", "Lower --batch-size, --context-length, --n-embd or --n-layer.")
+@contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Turn PyTorch's error that memory ran out, which has a class of its own on GPUs only, into a `UserError` that says what to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(f"There is not enough memory for {what}: {error}", "Lower --batch-size, --context-length, --n-embd or --n-layer.") from error
 
 
 def _keep_memory() -> None:

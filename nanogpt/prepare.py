@@ -45,7 +45,7 @@ class Prepared:
 
 
 def prepare(sources: Sequence[str], settings: TextConfig) -> Prepared:
-    """Make the tokens of a text, or find them made.
+    """Make the tokens of a text, or reuse the cached ones.
 
     Errors: `UserError` when a source is not there or not text, when the text is too short, or when the disk is full.
     """

@@ -18,7 +18,7 @@ from nanogpt import checkpoint, data, generate
 from nanogpt.config import SamplingConfig, TrainingConfig
 from nanogpt.errors import UserError
 from nanogpt.evaluate import Loss, Point, evaluate, verdict
-from nanogpt.machine import Machine, out_of_memory
+from nanogpt.machine import Machine, memory_for
 from nanogpt.model import GPT
 from nanogpt.optim import schedule
 from nanogpt.prepare import Prepared
@@ -69,14 +69,13 @@ class Trainer:
     def events(self) -> Iterator[Event]:
         """Train to the last step; evaluate, sample and save on the way; finish with the whole validation split.
 
-        Errors: `UserError` when the loss is not a number or the disk is full; the last save stays.
+        Errors: `UserError` when the loss is not a number, or memory or the disk is full; the last save stays.
         """
         settings, position = self.settings, self.position
         while position.step < settings.steps and not self.out_of_patience():
-            try:
-                yield self.step()
-            except RuntimeError as error:
-                raise out_of_memory(error, f"a step of {settings.batch_size} windows of {self.model.config.context_length} tokens") from error
+            with memory_for(f"a step of {settings.batch_size} windows of {self.model.config.context_length} tokens"):
+                stepped = self.step()
+            yield stepped
             due = position.step % settings.eval_every == 0 or position.step == settings.steps
             if due:
                 yield self.evaluate()

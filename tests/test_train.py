@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +34,11 @@ def same(run, other):
     for name in ("weights", "optimizer"):
         a, b = (path / "state" / str(checkpoint.latest_step(path)) / f"{name}.safetensors" for path in (run, other))
         assert a.read_bytes() == b.read_bytes()
+
+
+def stop_at(step, number):
+    """What sends a signal to a run after a step."""
+    return lambda event: signal.raise_signal(number) if isinstance(event, Stepped) and event.step == step else None
 
 
 @pytest.fixture
@@ -65,10 +71,7 @@ def test_two_runs_of_one_seed_are_identical_and_of_two_are_not(story, tmp_path, 
 
 
 def test_the_modern_architecture_resumes_exactly_too(story, tmp_path):
-    def stop(event):
-        if isinstance(event, Stepped) and event.step == 13:
-            signal.raise_signal(signal.SIGINT)
-
+    stop = stop_at(13, signal.SIGINT)
     short = RUN | {"arch": "modern", "steps": 30, "eval_every": 10, "dropout": 0.3}
     nanogpt.train(story, tmp_path / "whole", **short)
     with pytest.raises(KeyboardInterrupt):
@@ -79,10 +82,7 @@ def test_the_modern_architecture_resumes_exactly_too(story, tmp_path):
 
 @pytest.mark.parametrize("at", [1, 50, 60, 99])
 def test_stopped_and_resumed_equals_never_stopped(story, tmp_path, whole, at):
-    def stop(event):
-        if isinstance(event, Stepped) and event.step == at:
-            signal.raise_signal(signal.SIGINT)
-
+    stop = stop_at(at, signal.SIGINT)
     run = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         nanogpt.train(story, run, on_event=stop, **RUN)
@@ -278,10 +278,7 @@ def test_what_a_person_put_into_a_run_folder_stays(story, whole):
 
 
 def test_a_run_stopped_before_its_first_evaluation_has_a_model_to_look_at(story, tmp_path):
-    def stop(event):
-        if isinstance(event, Stepped) and event.step == 5:
-            signal.raise_signal(signal.SIGTERM)
-
+    stop = stop_at(5, signal.SIGTERM)
     with pytest.raises(SystemExit):
         nanogpt.train(story, tmp_path / "run", on_event=stop, **RUN)
     model = nanogpt.load(tmp_path / "run")
@@ -351,10 +348,7 @@ def test_a_model_is_not_measured_on_the_tokens_of_another(story, tmp_path, whole
 
 
 def test_an_unfinished_run_has_a_verdict_too(story, tmp_path):
-    def stop(event):
-        if isinstance(event, Stepped) and event.step == 50:
-            signal.raise_signal(signal.SIGINT)
-
+    stop = stop_at(50, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         nanogpt.train(story, tmp_path / "run", on_event=stop, **RUN)
     assert nanogpt.load(tmp_path / "run").evaluate().verdict.kind == "undertrained"
@@ -405,5 +399,8 @@ def test_evaluation_without_text_or_run_says_what_to_do(story, tmp_path):
 
 def test_prepared_text_that_is_gone_is_made_again(story, tmp_path):
     expected = nanogpt.train(story, tmp_path / "run", **RUN | {"steps": 2}).evaluate().val_loss
-    shutil.rmtree(json.loads((tmp_path / "run" / "text.json").read_text())["folder"])
+    folder = Path(json.loads((tmp_path / "run" / "text.json").read_text())["folder"])
+    (folder / "val.bin").unlink()  # a part of it
+    assert nanogpt.load(tmp_path / "run").evaluate().val_loss == expected
+    shutil.rmtree(folder)  # and all of it
     assert nanogpt.load(tmp_path / "run").evaluate().val_loss == expected
