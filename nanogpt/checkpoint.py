@@ -26,7 +26,7 @@ from nanogpt.config import ModelConfig
 from nanogpt.errors import UserError
 from nanogpt.files import discard, replacing, write_text
 from nanogpt.model import GPT
-from nanogpt.optim import load_state_tensors, state_tensors
+from nanogpt.optim import Optimizer
 from nanogpt.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -126,7 +126,7 @@ def clear_run_folder(run: Path) -> None:
         discard(run / name)
 
 
-def save_state(run: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, position: dict[str, Any]) -> None:
+def save_state(run: Path, step: int, model: GPT, optimizer: Optimizer, position: dict[str, Any]) -> None:
     """Write all that the run needs to go on after `step`, make it the latest, and drop the older ones.
 
     Killed at any moment, the folder still has the state that `latest` names.
@@ -138,7 +138,7 @@ def save_state(run: Path, step: int, model: GPT, optimizer: torch.optim.Optimize
     with replacing(states / str(step)) as folder:
         folder.mkdir()
         _write_tensors(folder / "weights.safetensors", model.state_dict(), {})
-        _write_tensors(folder / "optimizer.safetensors", state_tensors(model, optimizer), {})
+        _write_tensors(folder / "optimizer.safetensors", optimizer.state_tensors(), {})
         (folder / "position.json").write_text(json.dumps(position), encoding="utf-8")
     write_text(states / "latest", str(step))
     for other in states.iterdir():
@@ -146,7 +146,7 @@ def save_state(run: Path, step: int, model: GPT, optimizer: torch.optim.Optimize
             discard(other)
 
 
-def load_state(run: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_state(run: Path, model: GPT, optimizer: Optimizer) -> dict[str, Any]:
     """Fill a model and its optimiser with the latest state; give the position that was saved with it.
 
     Errors: `UserError` when a file of it is damaged.
@@ -154,7 +154,7 @@ def load_state(run: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict[
     folder = run / "state" / str(latest_step(run))
     try:
         model.load_state_dict(_read_tensors(folder / "weights.safetensors")[1])
-        load_state_tensors(model, optimizer, _read_tensors(folder / "optimizer.safetensors")[1])
+        optimizer.load_state_tensors(_read_tensors(folder / "optimizer.safetensors")[1])
         return json.loads((folder / "position.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         why = str(error).partition("\n")[0]

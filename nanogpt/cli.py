@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -15,11 +16,11 @@ from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 
 import nanogpt
-from nanogpt.config import Config, MachineConfig, SamplingConfig, explain, flatten
+from nanogpt.config import Config, PlaceConfig, SamplingConfig, explain, flatten
 from nanogpt.errors import Notice, UserError
 
 Settings = Annotated[Config, Parameter(name="*")]
-MachineSettings = Annotated[MachineConfig, Parameter(name="*", group="Machine")]
+PlaceSettings = Annotated[PlaceConfig, Parameter(name="*", group="Machine")]
 SamplingSettings = Annotated[SamplingConfig, Parameter(name="*", group="Sampling")]
 Switch = Annotated[bool, Parameter(negative="")]
 Words = Annotated[str, Parameter(allow_leading_hyphen=True)]  # which may begin with a dash
@@ -30,8 +31,9 @@ app = App(name="nanogpt", version=nanogpt.__version__, help="Train a GPT on your
 
 @app.command
 def train(
-    *text: str, out: Path | None = None, config: Path | None = None, resume: Switch = False, overwrite: Switch = False, settings: Settings = Config()
-) -> None:
+    *text: str, out: Path | None = None, config: Path | None = None, preset: str | None = None, resume: Switch = False, overwrite: Switch = False,
+    settings: Settings = Config(),
+) -> None:  # fmt: skip
     """Train a model on a text; watch it learn. Ctrl-C saves and stops.
 
     Parameters
@@ -42,11 +44,14 @@ def train(
         The run folder. [default: runs/NAME, by the name of the text]
     config
         A TOML file of settings, such as the config.toml of another run; flags override it.
+    preset
+        Settings known by a name: classic is the seed's recipe.
     resume
         Go on with the run in the folder, exactly where it was saved; it needs no text.
     overwrite
         Replace the run in the folder.
     """
+    begun = time.monotonic()
     from nanogpt import library, report
 
     terminal = report.Terminal()
@@ -54,7 +59,9 @@ def train(
         raise UserError("Which text?", "nanogpt train TEXT, or nanogpt train --resume --out RUN.")
     run = out or Path("runs") / _run_name(text[0])
     try:
-        library.train(text, run, config=config, resume=resume, overwrite=overwrite, on_event=terminal, **flatten(settings, explicit=True))
+        library.train(
+            text, run, config=config, preset=preset, resume=resume, overwrite=overwrite, begun=begun, on_event=terminal, **flatten(settings, explicit=True)
+        )
     finally:
         terminal.close()
 
@@ -63,7 +70,7 @@ def train(
 def sample(
     model: Path, /, *, prompt: Words | None = None, prompt_file: Words | None = None, encoding: str | None = None,
     n: int = 1, seed: int | None = None, strict: Switch = False,
-    as_json: AsJson = False, sampling: SamplingSettings = SamplingConfig(), machine: MachineSettings = MachineConfig(),
+    as_json: AsJson = False, sampling: SamplingSettings = SamplingConfig(), machine: PlaceSettings = PlaceConfig(),
 ) -> None:  # fmt: skip
     """Let a model write; the text streams as it is made.
 
@@ -120,7 +127,7 @@ def sample(
 @app.command(name="eval")
 def evaluate(
     model: Path, /, *text: str, context_length: int | None = None, encoding: str | None = None, as_json: AsJson = False,
-    machine: MachineSettings = MachineConfig(),
+    machine: PlaceSettings = PlaceConfig(),
 ) -> None:  # fmt: skip
     """Measure a model on a text, next to n-gram baselines.
 

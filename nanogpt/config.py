@@ -67,14 +67,22 @@ class TrainingConfig(Section):
 
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Windows of text in one step."""
-    steps: Annotated[int, Field(ge=1)] = 5000
-    """Updates of the weights."""
+    steps: Annotated[int | None, Field(ge=1)] = 5000
+    """Updates of the weights. [default: 5000, or as many as fit into the minutes]"""
+    minutes: Annotated[float | None, Field(gt=0)] = None
+    """Time for all of it: the recipe then chooses every setting that is not given. [default: 5, where nothing else ends the run]"""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon moves the matrices of the blocks, and AdamW the rest; it needs fewer steps."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
-    """Highest learning rate; after the warm-up it falls to a tenth along a cosine."""
+    """Highest learning rate of AdamW."""
+    matrix_learning_rate: Annotated[float, Field(gt=0)] = 0.02
+    """Highest learning rate of Muon."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     """Steps over which the learning rate rises to its highest; at most a tenth of the run."""
+    cooldown: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the run, at its end, in which the learning rate falls linearly to zero; 0 is a cosine to a tenth over the whole run."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """AdamW's pull of the matrices towards zero."""
+    """Pull of the matrices towards zero."""
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
     """Gradients longer than this are scaled down to it; 0 is off."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1337
@@ -85,15 +93,26 @@ class TrainingConfig(Section):
     """Stop after so many evaluations without a better one; 0 is off."""
 
 
-class MachineConfig(Section):
-    """What it runs on."""
+class PlaceConfig(Section):
+    """Where it runs."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the matrix products; auto is bfloat16 on GPUs made for it, else float32."""
+    """Precision of the matrix products; auto is the faster."""
     threads: Annotated[int | None, Field(ge=1, le=1024)] = None
     """CPU threads. [default: one per core]"""
+
+
+class MachineConfig(PlaceConfig):
+    """How the training step runs there."""
+
+    compile: bool | None = None
+    """Have torch.compile write the training step for this machine. [default: where that pays for itself within the run]"""
+    attention: Literal["auto", "fused", "plain"] = "auto"
+    """fused is one kernel, plain a softmax between two products; auto is the faster."""
+    deterministic: Annotated[bool, Parameter(negative="")] = False
+    """Only kernels that repeat bit for bit, on GPUs too, where that is slower."""
 
 
 class Config(Section):
@@ -122,6 +141,7 @@ class SamplingConfig(Section):
     """End before this text; may be given more than once."""
 
 
+PRESETS: dict[str, dict[str, Any]] = {"classic": {}}  # whole recipes by name: the settings that differ from the defaults, which are the seed's
 SECTION_OF = {name: section for section, field in Config.model_fields.items() for name in field.annotation.model_fields}  # type: ignore[union-attr]
 
 
@@ -134,6 +154,8 @@ def resolve(settings: dict[str, Any]) -> Config:
     for name, value in settings.items():
         if name in SECTION_OF:
             nested[SECTION_OF[name]][name] = value
+    if settings.get("minutes") is not None:
+        nested["training"].setdefault("steps", None)
     return _checked(Config, nested, settings, SECTION_OF, _contradictions)
 
 
@@ -215,4 +237,6 @@ def _contradictions(config: Config) -> list[str]:
         found.append(f"n_embd = {model.n_embd} over n_head = {model.n_head} gives heads of an odd width, and modern turns channels in pairs.")
     if model.n_kv_head is not None and (model.arch == "classic" or model.n_head % model.n_kv_head):
         found.append(f"n_kv_head = {model.n_kv_head} goes with arch = 'modern' and must divide n_head = {model.n_head}.")
+    if (config.training.steps is None) == (config.training.minutes is None):
+        found.append(f"steps = {config.training.steps} and minutes = {config.training.minutes}: a run ends by one of the two.")
     return found

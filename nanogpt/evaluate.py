@@ -134,8 +134,8 @@ class Verdict:
         return asdict(self)
 
 
-def verdict(history: Sequence[Point], baselines: dict[str, float], kept: float | None = None) -> Verdict:
-    """Judge a run by its evaluations; `kept` is the loss of the best model on the whole split, where that is known.
+def verdict(history: Sequence[Point], baselines: dict[str, float], kept: float | None = None, minutes: float | None = None) -> Verdict:
+    """Judge a run by its evaluations; `kept` is the loss of the best model on the whole split, where that is known; `minutes` is for a run by the clock.
 
     Overfitted or diverged: the last validation loss is at least 1 % above the best, while the training loss went on falling, or rose too.
     Undertrained: by the trend over the second half (the loss as a straight line in the logarithm of the step), doubling the
@@ -152,16 +152,17 @@ def verdict(history: Sequence[Point], baselines: dict[str, float], kept: float |
     baseline = min(baselines, key=lambda name: baselines[name], default=None)
     if baseline and now > baselines[baseline]:
         steps = max(2 * last.step, _steps_to(baselines[baseline], history))
-        return _undertrained(f"it is still behind the {baseline} baseline ({baselines[baseline]:.3f})", last.step, steps)
+        return _undertrained(f"it is still behind the {baseline} baseline ({baselines[baseline]:.3f})", last.step, steps, minutes)
     if gain is None:
-        return _undertrained("one evaluation shows no trend", last.step, 2 * last.step)
+        return _undertrained("one evaluation shows no trend", last.step, 2 * last.step, minutes)
     if gain > 0.01 * last.val_loss:
-        return _undertrained(f"validation still falls (about {min(gain, last.val_loss):.2f} more for twice the steps)", last.step, 2 * last.step)
+        return _undertrained(f"validation still falls (about {min(gain, last.val_loss):.2f} more for twice the steps)", last.step, 2 * last.step, minutes)
     return Verdict("healthy", f"Healthy: validation has levelled off at {now:.3f} without overfitting; a larger model or more text comes next.")
 
 
-def _undertrained(why: str, done: int, steps: int) -> Verdict:
-    return Verdict("undertrained", f"Undertrained: {why}. Train about {steps / done:.0f} times as long: --resume --steps {steps}.")
+def _undertrained(why: str, done: int, steps: int, minutes: float | None) -> Verdict:
+    more = f"--steps {steps}" if minutes is None else f"--minutes {minutes * steps / done:g}"
+    return Verdict("undertrained", f"Undertrained: {why}. Train about {steps / done:.0f} times as long: --resume {more}.")
 
 
 def _gain_of_doubling(history: Sequence[Point]) -> float | None:

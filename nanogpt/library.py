@@ -4,12 +4,14 @@ In: paths and settings by name. Out: a `Model`, which streams text, evaluates an
 """
 
 import json
+import math
 import os
 import secrets
 import shlex
 import signal
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,20 +22,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanogpt import checkpoint, generate, machine
-from nanogpt.config import Config, MachineConfig, flatten, read_toml, resolve, resolve_sampling, to_toml
+from nanogpt import checkpoint, generate, machine, recipe
+from nanogpt.config import PRESETS, Config, MachineConfig, PlaceConfig, flatten, read_toml, resolve, resolve_sampling, to_toml
 from nanogpt.corpus import expand, findable
 from nanogpt.errors import Notice, UserError
 from nanogpt.evaluate import Loss, Verdict, evaluate, ngram_losses
 from nanogpt.files import locked, require_space, sweep, write_text
-from nanogpt.model import GPT
-from nanogpt.optim import make_optimizer
+from nanogpt.plan import flops_per_token
 from nanogpt.prepare import Prepared, open_prepared, prepare
+from nanogpt.recipe import Choice
 from nanogpt.report import Event, Interrupted, RunLog, Started, Stopping
 from nanogpt.tokenizer import Tokenizer
-from nanogpt.trainer import Position, Trainer
+from nanogpt.trainer import Position, Trainer, build
 
-MAY_CHANGE = {"steps", "eval_every", "patience", "device", "dtype", "threads"}  # when a run goes on; all else would make it another run
+DEFAULT_MINUTES = 5.0
+USUAL_SHARE = 0.2  # of the peak that a step reaches, for a first guess
+MAY_CHANGE = {"steps", "minutes", "eval_every", "patience"} | MachineConfig.model_fields.keys()  # when a run goes on; all else would make it another run
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,10 @@ class Evaluation(Loss):
 class Model:
     """A trained model: what `train` and `load` give."""
 
-    def __init__(self, parts: checkpoint.Parts, place: machine.Machine, path: Path, prepared: Prepared | None = None):
+    def __init__(self, parts: checkpoint.Parts, place: machine.Machine, path: Path, prepared: Prepared | None = None, as_asked: bool = False):
+        """`as_asked`: the precision was asked for, and so is that of writing too."""
         self._model, self._machine, self._path, self._text = parts.model, place, path, prepared
+        self._writer = place if as_asked else place.for_single_rows()
         self.tokenizer: Tokenizer = parts.tokenizer
         self.summary: dict[str, Any] = parts.summary
 
@@ -70,7 +76,7 @@ class Model:
         if not 0 <= seed < 2**63:
             raise UserError(f"The seed {seed} is out of range.", "Use a whole number from 0 to 9223372036854775807.")
         ids = generate.encode_prompt(self.tokenizer, prompt, unused, self._model.config.context_length, strict)
-        drawn = generate.tokens(self._model, ids, settings, seed, self._machine, unused)
+        drawn = generate.tokens(self._model, ids, settings, seed, self._writer, unused)
         return generate.text(self.tokenizer, drawn, settings.stop)
 
     def evaluate(self, *text: str | os.PathLike[str], context_length: int | None = None, encoding: str | None = None) -> Evaluation:
@@ -142,10 +148,10 @@ def load(path: str | os.PathLike[str], **settings: Any) -> Model:
 
     Errors: `UserError` for a path that holds no model, a damaged file, a pickle, or a device that is not there.
     """
-    if wrong := [name for name in settings if name not in MachineConfig.model_fields]:
+    if wrong := [name for name in settings if name not in PlaceConfig.model_fields]:
         raise UserError(f"A model that is loaded keeps its settings: {', '.join(wrong)} cannot be given.", "load takes device, dtype and threads.")
     place = machine.choose(resolve(settings).machine)
-    return Model(checkpoint.load(os.fspath(path), place.device), place, Path(path))
+    return Model(checkpoint.load(os.fspath(path), place.device), place, Path(path), as_asked=settings.get("dtype", "auto") != "auto")
 
 
 def train(
@@ -155,17 +161,21 @@ def train(
     config: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    preset: str | None = None,
+    begun: float | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     **settings: Any,
 ) -> Model:
     """Train a model on a text: paths, globs, or a built-in name. Gives the best model by validation loss.
 
     `out` is the run folder; without one nothing is kept but the model. `settings` are those of the command line, with underscores; they
-    override those in the TOML file `config`. With `resume` a run goes on from its last state, and then needs no text.
+    override those in the TOML file `config`, and those the `preset`. With `resume` a run goes on from its last state, and then needs no text.
+    Where neither `minutes` nor `steps`, `preset` or `config` is given, the run takes five minutes; the minutes begin at `begun` (by `time.monotonic`), or now.
     Errors: `UserError`, see its message. Ctrl-C and SIGTERM save to `out` before they raise `KeyboardInterrupt` and `SystemExit`.
     """
     sources = [os.fspath(text)] if isinstance(text, str | os.PathLike) else [os.fspath(path) for path in text]
-    given = (read_toml(Path(config)) if config else {}) | settings
+    begun = time.monotonic() if begun is None else begun
+    given = _given(settings, config, preset, resume)
     if isinstance(given.get("val"), str | os.PathLike):
         given["val"] = findable(os.fspath(given["val"]))
     if resume and out is None:
@@ -178,9 +188,9 @@ def train(
         resuming = resume and checkpoint.latest_step(run) is not None
         if resume and not resuming:
             warnings.warn(f"There is no saved state in {run}: starting afresh.", Notice, stacklevel=2)
-        settled, prepared, place = _settle(run, sources, given, resuming)
+        settled, prepared, place, choices = _settle(run, sources, given, resuming)
         with machine.memory_for(f"a model of this shape: {settled.model}"):
-            model, optimizer = _new_model(settled, prepared, place)
+            model, optimizer = build(settled, prepared.tokenizer.vocab_size, place)
         require_space(run, 8 * sum(p.nbytes for p in model.parameters()))  # model and state, each also while it is replaced
         stack.enter_context(locked(run / ".lock"))
         checkpoint.require_run_folder(run, resume=resume, overwrite=overwrite)  # again: another process may have been here meanwhile
@@ -193,9 +203,10 @@ def train(
         write_text(run / "config.toml", to_toml(settled))
         write_text(run / "text.json", json.dumps(prepared.about, indent=1))
         asked = stack.enter_context(_stop_signals(on_event)) if out is not None else []
-        trainer = Trainer(model, optimizer, prepared, settled.training, place, run, position, lambda: bool(asked))
+        deadline = begun + 60 * (settled.training.minutes or math.inf)
+        trainer = Trainer(model, optimizer, prepared, settled.training, place, run, position, lambda: bool(asked), deadline)
         log, event = RunLog(run), None
-        for event in _events(trainer, settled, place):
+        for event in _events(trainer, settled, place, choices):
             log(event)
             on_event(event)
         if isinstance(event, Interrupted):
@@ -203,19 +214,48 @@ def train(
         return Model(checkpoint.load(run, place.device), place, run, prepared)
 
 
-def _settle(run: Path, sources: Sequence[str], given: dict[str, Any], resuming: bool) -> tuple[Config, Prepared, machine.Machine]:
-    """Everything that is decided before a model is built: settings, text and machine."""
+def _given(settings: dict[str, Any], config: str | os.PathLike[str] | None, preset: str | None, resume: bool) -> dict[str, Any]:
+    """The settings that somebody chose, by name: of the preset, over it those of the TOML file, over it the others. What ends the run is one of them."""
+    if preset is not None and preset not in PRESETS:
+        raise UserError(f"There is no preset {preset!r}.", f"The presets: {', '.join(PRESETS)}.")
+    given = PRESETS.get(preset or "", {}) | (read_toml(Path(config)) if config else {})
+    if "steps" in settings or "minutes" in settings:  # one of them replaces both of the file's
+        given = {name: value for name, value in given.items() if name not in ("steps", "minutes")}
+    given |= settings
+    if not (resume or preset or config or "steps" in given):
+        given.setdefault("minutes", DEFAULT_MINUTES)
+    return given
+
+
+def _settle(run: Path, sources: Sequence[str], given: dict[str, Any], resuming: bool) -> tuple[Config, Prepared, machine.Machine, list[Choice]]:
+    """Everything that is decided before a model is built: settings, text and machine, and why."""
     if resuming:
         saved = read_toml(run / "config.toml")
         _require_unchanged(saved, given)
+        if "steps" in given or "minutes" in given:
+            saved = {name: value for name, value in saved.items() if name not in ("steps", "minutes")}
         given = saved | given
     settled = resolve(given)
-    if resuming and (checkpoint.latest_step(run) or 0) > settled.training.steps:
-        raise UserError(f"The run in {run} is at step {checkpoint.latest_step(run):,} already, past --steps {settled.training.steps}.", "Give it more steps.")
+    steps = settled.training.steps
+    if resuming and steps is not None and (checkpoint.latest_step(run) or 0) > steps:
+        raise UserError(f"The run in {run} is at step {checkpoint.latest_step(run):,} already, past --steps {steps}.", "Give it more steps.")
     prepared = _text_of(run, settled, sources) if resuming else _new_text(sources, settled)
-    settled = _fit_context(settled, given, len(prepared.train))
     place = machine.choose(settled.machine)
-    return settled.model_copy(update={"machine": place.settings()}), prepared, place
+    choices: list[Choice] = []
+    if settled.training.minutes is not None and not resuming:
+        choices = recipe.choose(settled.training.minutes, prepared, place, given)
+        settled = resolve(given | {choice.name: choice.value for choice in choices})
+    settled = _fit_context(settled, given, len(prepared.train))
+    place = machine.for_training(place, settled.machine, settled.model, _expected_seconds(settled, prepared, place))
+    return settled.model_copy(update={"machine": place.settings()}), prepared, place, choices
+
+
+def _expected_seconds(settled: Config, prepared: Prepared, place: machine.Machine) -> float:
+    """How long the run will take, as far as one can say before it."""
+    if settled.training.minutes is not None:
+        return 60 * settled.training.minutes
+    tokens = (settled.training.steps or 0) * settled.training.batch_size * settled.model.context_length
+    return tokens * flops_per_token(settled.model, prepared.tokenizer.vocab_size) / (USUAL_SHARE * machine.peak(place.device, place.dtype))
 
 
 def new_seed() -> int:
@@ -278,17 +318,11 @@ def _fit_context(settled: Config, given: dict[str, Any], tokens: int) -> Config:
     return settled.model_copy(update={"model": settled.model.model_copy(update={"context_length": fitting})})
 
 
-def _new_model(settled: Config, prepared: Prepared, place: machine.Machine) -> tuple[GPT, torch.optim.Optimizer]:
-    """A model with its initial weights, which are the same on every device, and its optimiser."""
-    model = checkpoint.empty_model(settled.model, prepared.tokenizer.vocab_size, "cpu")
-    model.init_weights(torch.Generator().manual_seed(settled.training.seed))
-    model.to(place.device)
-    return model, make_optimizer(model, settled.training.weight_decay)
-
-
-def _events(trainer: Trainer, settled: Config, place: machine.Machine) -> Iterator[Event]:
+def _events(trainer: Trainer, settled: Config, place: machine.Machine, choices: list[Choice]) -> Iterator[Event]:
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    yield Started(str(trainer.run), trainer.position.step, settled, parameters, trainer.text.about, str(place))
+    flops = flops_per_token(settled.model, trainer.text.tokenizer.vocab_size)
+    peak = machine.peak(place.device, place.dtype)
+    yield Started(str(trainer.run), trainer.position.step, settled, parameters, trainer.text.about, str(place), flops, peak, choices)
     yield from trainer.events()
 
 

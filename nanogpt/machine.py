@@ -1,28 +1,49 @@
-"""The machine at hand: device, precision and threads, chosen and said.
+"""The machine at hand: device, precision, threads, attention and compiler, chosen by measuring and said.
 
-In: what was asked for. Out: a `Machine`, and a sentence that says what it is and why.
+In: what was asked for, and the shape of what is to run. Out: a `Machine`, and a sentence that says what it is and why.
 Refuses: a device that is not there, with what is.
+
+What is measured is kept in the cache, so that the same machine makes the same choice again. A processor's name is never
+asked what it can do: the same name may be a virtual machine without its units.
 """
 
 import ctypes
+import hashlib
+import json
+import math
 import platform
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from nanogpt.config import MachineConfig
+from nanogpt.config import MachineConfig, ModelConfig
 from nanogpt.errors import UserError
+from nanogpt.files import cache_dir, write_text
+
+FASTER = 1.2  # a measured gain below this is noise, and the simpler choice stays
+COLD_SECONDS, WARM_SECONDS = 25.0, 4.0  # what compiling a step takes on two cores, the first time and again
+COMPILED_GAIN = 1.6  # a compiled step against an eager one; benchmarks/step.py prints it
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where tensors live, how precise the products are, and how many CPU threads make them."""
+    """Where tensors live, how precise the products are, how many CPU threads make them, and how a training step runs."""
 
     device: torch.device
     dtype: torch.dtype
     threads: int
+    attention: str = "fused"
+    compile: bool = False
+    deterministic: bool = False
 
     def autocast(self) -> AbstractContextManager:
         """The context in which forward passes run: matrix products in `dtype`, everything else in float32."""
@@ -30,9 +51,24 @@ class Machine:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
+    def send(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device, or on its way there: a GPU goes on meanwhile."""
+        return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
+
     def settings(self) -> MachineConfig:
         """The choice, to be written down and made again on resume."""
-        return MachineConfig(device=self.device.type, dtype=str(self.dtype).removeprefix("torch."), threads=self.threads)  # type: ignore[arg-type]
+        return MachineConfig(
+            device=self.device.type,  # type: ignore[arg-type]
+            dtype=str(self.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            threads=self.threads,
+            compile=self.compile,
+            attention=self.attention,  # type: ignore[arg-type]
+            deterministic=self.deterministic,
+        )
+
+    def for_single_rows(self) -> "Machine":
+        """The same for writing one text: there a CPU reads weights more than it multiplies, and casting them for every token costs more than it saves."""
+        return replace(self, dtype=torch.float32) if self.device.type == "cpu" else self
 
     def __str__(self) -> str:
         if self.device.type == "cuda":
@@ -43,27 +79,102 @@ class Machine:
 
 
 def choose(asked: MachineConfig) -> Machine:
-    """Pick what was left open, and set the number of threads.
+    """Pick device, precision and threads where they were left open, and set the threads. How a step runs is left to `for_training`.
 
     Errors: `UserError` when the device asked for is not available.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = asked.device if asked.device != "auto" else next(name for name, usable in there.items() if usable)
-    if not there[device]:
+    name = asked.device if asked.device != "auto" else next(name for name, usable in there.items() if usable)
+    if not there[name]:
         usable = ", ".join(name for name, yes in there.items() if yes)
         build = "without CUDA: a CPU build" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}, and sees {torch.cuda.device_count()} GPUs"
-        why = f" It was built {build}." if device == "cuda" else " It needs a Mac with an Apple GPU."
+        why = f" It was built {build}." if name == "cuda" else " It needs a Mac with an Apple GPU."
         raise UserError(
-            f"--device {device} is not available to PyTorch {torch.__version__}.{why} It can use: {usable}.",
+            f"--device {name} is not available to PyTorch {torch.__version__}.{why} It can use: {usable}.",
             "Leave --device out, and the best available device is used.",
         )
+    device = torch.device(name)
+    if name == "cpu" and platform.libc_ver()[0] == "glibc":
+        _keep_memory()
+    if asked.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
-    if device == "cpu" and platform.libc_ver()[0] == "glibc":
-        _keep_memory()
-    fast_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = asked.dtype if asked.dtype != "auto" else "bfloat16" if fast_bf16 else "float32"
-    return Machine(torch.device(device), getattr(torch, dtype), torch.get_num_threads())
+    name_of_dtype = asked.dtype if asked.dtype != "auto" else "bfloat16" if _bfloat16_pays(device) else "float32"
+    dtype = getattr(torch, name_of_dtype)
+    if name == "cuda" and dtype == torch.bfloat16:
+        torch.set_float32_matmul_precision("high")  # the few products left in float32 may use TF32; asked for float32, they are exact
+    return Machine(device, dtype, torch.get_num_threads(), deterministic=asked.deterministic)
+
+
+def for_training(place: Machine, asked: MachineConfig, model: ModelConfig, seconds: float, warm: bool = False) -> Machine:
+    """The same machine with attention and compiler chosen, for a step of a run that is expected to take `seconds`.
+
+    With `warm`, a step of this shape was compiled here before.
+    """
+    attention = asked.attention if asked.attention != "auto" else _faster_attention(place, model)
+    cost = WARM_SECONDS if warm else COLD_SECONDS
+    pays = seconds > cost + seconds / COMPILED_GAIN and place.device.type != "mps" and sys.platform != "win32"
+    compiled = asked.compile if asked.compile is not None else pays and has_compiler(place.device)
+    return replace(place, attention=attention, compile=compiled)
+
+
+def peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the most that a step could reach; measured once and kept."""
+    n = 8192 if device.type == "cuda" else 2048
+
+    def measure() -> float:
+        x, w = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        return 2 * n**3 / _seconds(lambda: F.linear(x, w), device)
+
+    return _once(f"peak {dtype}", device, measure)
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile finds what it needs: Triton for a GPU, a C++ compiler that works for a CPU."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return has_triton()
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return bool(get_cpp_compiler())
+    except (InvalidCxxCompiler, OSError, RuntimeError):
+        return False
+
+
+def compiled(place: Machine, model: nn.Module, nats: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`nats`, the loss of the model, such that it runs compiled from the first call on, which compiles.
+
+    On a CPU each block is compiled for itself: all are alike, so that one is compiled instead of all, in a fifth of the time. On a GPU it is the whole,
+    with CUDA graphs. Gradients' inputs are computed anew where that is element-wise work, which costs less than storing them: dropout masks above all.
+    """
+    if place.device.type == "cuda":
+        return torch.compile(nats, mode="reduce-overhead", dynamic=False)
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.compile(dynamic=False)
+
+    def first(*inputs: Tensor) -> Tensor:
+        with torch._functorch.config.patch(ban_recompute_used_far_apart=False, ban_recompute_long_fusible_chains=False):
+            return nats(*inputs)
+
+    return first
+
+
+def compiled_before(place: Machine, shape: object) -> Path:
+    """The file that stands beside the compiler's own cache once a step of this shape was compiled."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir as compiler_cache
+
+    name = hashlib.sha256(f"{shape} {place} {torch.__version__}".encode()).hexdigest()[:20]
+    return Path(compiler_cache()) / f"nanogpt-{name}"
+
+
+def eager() -> AbstractContextManager:
+    """The context in which a compiled model runs as it was before: for other shapes than those of a training step, which would all be compiled."""
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
@@ -75,6 +186,69 @@ def memory_for(what: str) -> Iterator[None]:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         raise UserError(f"There is not enough memory for {what}: {error}", "Lower --batch-size, --context-length, --n-embd or --n-layer.") from error
+
+
+def _bfloat16_pays(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and peak(device, torch.bfloat16) > FASTER * peak(device, torch.float32)
+
+
+def _faster_attention(place: Machine, model: ModelConfig) -> str:
+    """ "plain" or "fused", by timing both, forward and backward, on 4,096 tokens of the context at hand."""
+    if place.device.type != "cpu":
+        return "fused"
+    T, H, D = model.context_length, model.n_head, model.n_embd // model.n_head
+    rows = max(1, 4096 // T)
+
+    def measure(fused: bool) -> float:
+        q, k, v = (torch.randn(rows, H, T, D, dtype=place.dtype, requires_grad=True) for _ in range(3))
+        mask = torch.full((T, T), -math.inf).triu(1)
+
+        def attend() -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True) if fused else ((q @ k.mT).float() + mask).softmax(dim=3).to(v.dtype) @ v
+
+        return _seconds(lambda: attend().sum().backward(), place.device)
+
+    if rows * T * H * max(T, D) * 16 > 2**31:  # bytes of scores, probabilities and their gradients
+        return "fused"
+    plain, fused = (_once(f"attention {T} {H} {D} {place.dtype} fused={fused}", place.device, partial(measure, fused)) for fused in (False, True))
+    return "plain" if FASTER * plain < fused else "fused"
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The shortest of some runs, after one that does not count."""
+    times = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
+
+
+def _once(what: str, device: torch.device, measure: Callable[[], float]) -> float:
+    """A figure of this machine: measured, or as it was measured before with the same PyTorch and threads."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.node()} {_processor()} {torch.get_num_threads()} threads"
+    key, file = f"{name}, torch {torch.__version__}: {what}", cache_dir() / "machine.json"
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if not isinstance(known.get(key), float):
+        known[key] = measure()
+        write_text(file, json.dumps(known, indent=1))
+    return known[key]
+
+
+def _processor() -> str:
+    """What the system calls its processor: only to notice another machine."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _keep_memory() -> None:

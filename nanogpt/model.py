@@ -42,28 +42,25 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
-class Dropout(nn.Module):
-    """Dropout whose mask is a pure function of each row's key, of this place in the network and of the position.
+def dropout(x: Tensor, rate: float, key: Tensor | None) -> Tensor:
+    """Zero a share `rate` of x (B, ...) and scale up the rest; key (B,) int32, one a row. Without a key x comes back untouched.
 
     Bits come from a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; the mixing
-    function is Ellis and Wellons' lowbias32), four elements to a hash: the same rows give the same masks on every device, in
-    every split of the batch, and there is no generator state to save. `rate` is rounded to 256ths; what stays is scaled by 1 / (1 - rate).
+    function is Ellis and Wellons' lowbias32): the mask is a pure function of the row's key and the element's place in the row, so the same rows
+    give the same masks on every device and in every split of the batch, and there is no generator state to save. `rate` is rounded to 256ths.
     """
+    zeros = round(rate * 256)
+    if key is None or zeros == 0:
+        return x
+    counter = torch.arange(x[0].numel(), dtype=torch.int32, device=x.device).view(x.shape[1:])
+    bits = _mix32(key.view(-1, *(1,) * counter.dim()) + counter)  # (B, ...), wrapping at 32 bits
+    return torch.where((bits & 0xFF) < zeros, 0.0, x * (256 / (256 - zeros))).type_as(x)
 
-    def __init__(self, rate: float, place: int):
-        super().__init__()
-        self.zeros, self.place = round(rate * 256), place
-        self.salt = (place * 0x3C6EF372 + 2**31) % 2**32 - 2**31  # as a signed 32-bit integer
 
-    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
-        """x (B, ...) and keys (B,) int32; without keys x comes back untouched."""
-        if keys is None or self.zeros == 0:
-            return x
-        size = x[0].numel()
-        counter = torch.arange(-(-size // 4), dtype=torch.int32, device=x.device)
-        bits = _mix32(_mix32(keys + self.salt)[:, None] + counter)  # (B, size / 4), wrapping at 32 bits
-        mask = bits.view(torch.uint8)[:, :size].view(x.shape) < self.zeros
-        return x.masked_fill(mask, 0.0) * (256 / (256 - self.zeros))
+def dropout_keys(keys: Tensor, places: int) -> Tensor:
+    """keys (B,) int32 -> (places, 3, B): a key for each row in each of the three places where a block drops."""
+    number = torch.arange(1, 3 * places + 1, dtype=torch.int32, device=keys.device).view(places, 3, 1)
+    return _mix32(keys + _mix32(number))
 
 
 def _mix32(x: Tensor) -> Tensor:
@@ -88,33 +85,35 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not self.modern)
         if self.modern:
             self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim, EPSILON), nn.RMSNorm(self.head_dim, EPSILON)
-        self.dropout = Dropout(0.0 if self.modern else config.dropout, place=3 * layer + 1)
+        self.dropout = 0.0 if self.modern else config.dropout
+        self.fused = True
 
-    def forward(self, x: Tensor, turn: Tensor | None, keys: Tensor | None, cache: KVCache | None) -> Tensor:
-        """x (B, T, C) -> (B, T, C). `turn` is that of `turns`, for modern; keys (B,) for dropout; with a cache, the T tokens also attend to what it holds."""
+    def forward(self, x: Tensor, turn: Tensor | None, mask: Tensor | None, key: Tensor | None, cache: KVCache | None) -> Tensor:
+        """x (B, T, C) -> (B, T, C). `turn` is that of `turns`, for modern; `mask` that of `causal_mask`; key (B,) for dropout; with a cache, the T tokens
+        also attend to what it holds."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2K, T, D)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
         if turn is not None:
-            q, k = rotate(self.q_norm(q), turn), rotate(self.k_norm(k), turn)
+            q, k = (rotate(norm(part.float()), turn).type_as(v) for part, norm in ((q, self.q_norm), (k, self.k_norm)))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, K, S, D)
         if self.n_kv_head < self.n_head:
             k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))  # (B, H, S, D)
         S = k.shape[2]
-        if keys is None or self.dropout.zeros == 0:
-            mask = None if T in (1, S) else _causal(T, S, x.device)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S)
-        else:  # the fused kernels have their own random numbers; dropout on the probabilities needs the probabilities
+        if self.fused and (key is None or not self.dropout):
+            partial = None if mask is None or T == S else mask.to(q.dtype)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=partial, is_causal=T == S)
+        else:  # also where probabilities are dropped: the fused kernels have their own random numbers
             scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3)  # (B, H, T, S)
-            probabilities = scores.masked_fill_(~_causal(T, S, x.device), -math.inf).softmax(dim=3)
-            y = self.dropout(probabilities, keys) @ v  # (B, H, T, D)
+            seen = scores if mask is None else scores.float() + mask
+            y = dropout(seen.softmax(dim=3).type_as(scores), self.dropout, key) @ v  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-def _causal(T: int, S: int, device: torch.device) -> Tensor:
-    """(T, S) bool: the last T of S tokens each see themselves and what came before."""
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
+    """(T, S), to be added to scores: the last T of S tokens each see themselves (0) and what came before, and nothing after (-inf)."""
+    return torch.full((T, S), -math.inf, device=device).triu(S - T + 1)
 
 
 def turns(positions: Tensor, head_dim: int) -> Tensor:
@@ -126,9 +125,9 @@ def turns(positions: Tensor, head_dim: int) -> Tensor:
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """x (B, H, T, D) with channel i and channel i + D / 2 turned as a pair, which is the order of Llama's and Qwen's weights."""
-    a, b = x.float().chunk(2, dim=3)
+    a, b = x.chunk(2, dim=3)
     cos, sin = turn[0], turn[1]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=3).type_as(x)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=3)
 
 
 class FeedForward(nn.Module):
@@ -146,7 +145,17 @@ class FeedForward(nn.Module):
         if self.modern:
             gate, value = self.fc(x).chunk(2, dim=2)
             return self.proj(F.silu(gate) * value)
-        return self.proj(F.gelu(self.fc(x), approximate="tanh"))
+        return self.proj(gelu(self.fc(x)))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form (Hendrycks and Gimpel 2016, section 2).
+
+    A compiler gets it with a sigmoid, which costs less: since tanh(u) = 2 sigmoid(2u) - 1, it is the same function.
+    """
+    if torch.compiler.is_compiling():
+        return x * torch.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))  # sqrt(8 / pi), and 0.044715 times it
+    return F.gelu(x, approximate="tanh")
 
 
 def swiglu_width(n_embd: int) -> int:
@@ -161,13 +170,13 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = norm(config), norm(config)
         self.attn, self.mlp = Attention(config, layer), FeedForward(config)
-        self.drop_1 = Dropout(config.dropout, place=3 * layer + 2)
-        self.drop_2 = Dropout(config.dropout, place=3 * layer + 3)
+        self.dropout = config.dropout
 
-    def forward(self, x: Tensor, turn: Tensor | None, keys: Tensor | None, cache: KVCache | None) -> Tensor:
-        """x (B, T, C) -> (B, T, C); the rest as in `Attention`."""
-        x = x + self.drop_1(self.attn(self.ln_1(x), turn, keys, cache), keys)
-        return x + self.drop_2(self.mlp(self.ln_2(x)), keys)
+    def forward(self, x: Tensor, turn: Tensor | None, mask: Tensor | None, keys: Tensor | None, cache: KVCache | None) -> Tensor:
+        """x (B, T, C) -> (B, T, C); keys (3, B); the rest as in `Attention`."""
+        on_attention, after_attention, after_mlp = keys if keys is not None else (None, None, None)
+        x = x + dropout(self.attn(self.ln_1(x), turn, mask, on_attention, cache), self.dropout, after_attention)
+        return x + dropout(self.mlp(self.ln_2(x)), self.dropout, after_mlp)
 
 
 def norm(config: ModelConfig) -> nn.Module:
@@ -188,7 +197,6 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         if config.arch == "classic":
             self.wpe = nn.Embedding(config.context_length, config.n_embd)
-        self.drop = Dropout(0.0 if config.arch == "modern" else config.dropout, place=0)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = norm(config)
         if config.arch == "modern":
@@ -213,18 +221,38 @@ class GPT(nn.Module):
             else:
                 parameter.normal_(0.0, 1.0 if name == "wte.weight" else parameter.shape[1] ** -0.5, generator=generator)
 
+    def matrices(self) -> dict[str, list[int]]:
+        """The names of the blocks' matrices, each with the rows of the separate matrices that are stacked in it: queries, keys, values; gate, value."""
+        rows = {}
+        for name, module in self.blocks.named_modules(prefix="blocks"):
+            if isinstance(module, Attention):
+                rows[f"{name}.qkv.weight"] = [heads * module.head_dim for heads in (module.n_head, module.n_kv_head, module.n_kv_head)]
+            elif isinstance(module, FeedForward):
+                rows[f"{name}.fc.weight"] = [module.fc.out_features // (1 + module.modern)] * (1 + module.modern)
+            elif name.endswith("proj"):
+                rows[f"{name}.weight"] = [self.config.n_embd]
+        return rows
+
+    def fuse_attention(self, yes: bool) -> None:
+        """Whether attention is one fused kernel, or a softmax between two products, which can be faster on a CPU; the function is the same."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fused = yes
+
     def trunk(self, idx: Tensor, keys: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """idx (B, T) -> the stream after the last normalisation, (B, T, C). With a cache, idx continues what it holds."""
         start, T = cache.length if cache is not None else 0, idx.shape[1]
         assert start + T <= self.config.context_length, "more tokens than the context holds"
         positions = torch.arange(start, start + T, device=idx.device)
+        mask = causal_mask(T, start + T, idx.device) if T > 1 else None
+        on_embedding, *places = [None] * (len(self.blocks) + 1) if keys is None else dropout_keys(keys, len(self.blocks) + 1)  # of (3, B) each
         x, turn = self.wte(idx), None  # (B, T, C)
         if self.config.arch == "classic":
-            x = self.drop(x + self.wpe(positions), keys)
+            x = dropout(x + self.wpe(positions), self.config.dropout, None if on_embedding is None else on_embedding[0])
         else:
             x, turn = F.rms_norm(x, x.shape[2:], eps=EPSILON), turns(positions, self.config.n_embd // self.config.n_head)
-        for block in self.blocks:
-            x = block(x, turn, keys, cache)
+        for block, place in zip(self.blocks, places, strict=True):
+            x = block(x, turn, mask, place, cache)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)

@@ -35,13 +35,17 @@ class Started:
     parameters: int
     text: dict[str, Any]
     machine: str
+    flops_per_token: float
+    peak: float  # FLOP/s
+    choices: list[Any]
 
 
 @dataclass(frozen=True)
 class Stepped:
-    """An update of the weights: `train_loss` (nats per token) is of its batch, before it; `tokens` are those of the batch."""
+    """An update of the weights, with which `progress` of the run is over: `train_loss` (nats per token) is of its batch, before it."""
 
     step: int
+    progress: float
     train_loss: float
     learning_rate: float
     grad_norm: float
@@ -169,7 +173,8 @@ class Terminal:
         self.progress = Progress(*bar, TextColumn("{task.description}"), console=self.console, transient=True, refresh_per_second=4)
         self.task = self.progress.add_task("", total=None)
         self.train_loss = self.val_loss = self.val_bits = math.nan
-        self.last_line = self.begin = self.speed = 0.0
+        self.last_line = self.begin = self.speed = self.done = 0.0
+        self.first_progress = math.nan
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -181,7 +186,7 @@ class Terminal:
                 self.stepped(event)
             case Evaluated():
                 self.val_loss, self.val_bits = event.val_loss, event.bits_per_byte
-                self.line(event.step, self.train_loss, self.left(event.step), "  best so far" if event.best else "")
+                self.line(event.step, self.train_loss, "  best so far" if event.best else "")
             case Sampled():
                 self.console.print(printable(event.text) + "\n", style="dim")
             case Interrupted():
@@ -196,14 +201,15 @@ class Terminal:
         model, text = event.config.model, event.text
         self.run, self.first, self.steps = event.run, event.step, event.config.training.steps
         self.bits = text["train_tokens"] / text["train_bytes"] / math.log(2)  # bits per byte for a nat per token
-        self.begin = self.last_line = time.perf_counter()
+        self.flops_per_token, self.peak = event.flops_per_token, event.peak
+        self.last_line = time.perf_counter()
         size = text["train_bytes"] + text["val_bytes"]
         names = ", ".join(os.path.basename(source) for source in text["sources"][:3])
         rows = {
             "Text": f"{names}: {size:,} bytes, {text['symbols']} different {event.config.text.tokenizer}s; {text['split']}",
             "Model": f"{event.parameters / 1e6:.2f} M parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
             f"context {model.context_length}, dropout {model.dropout:g}",
-            "Machine": event.machine,
+            "Machine": f"{event.machine}, {event.config.machine.attention} attention, {'compiled' if event.config.machine.compile else 'not compiled'}",
             "Run": event.run + (f", going on after step {event.step:,}" if event.step else ""),
         }
         for name, value in rows.items():
@@ -218,28 +224,38 @@ class Terminal:
         fresh = math.isnan(self.train_loss)
         self.train_loss = event.train_loss if fresh else 0.8 * self.train_loss + 0.2 * event.train_loss
         self.speed = event.tokens_per_second if fresh else 0.95 * self.speed + 0.05 * event.tokens_per_second
-        left, now = self.left(event.step), time.perf_counter()
-        if event.step == min(self.first + 4, self.steps):
-            each = (now - self.begin) / (event.step - self.first)
-            self.console.print(f"About {duration(left)} for {self.steps - event.step:,} more steps of {each:.2g} s.\n")
+        self.done, now = event.progress, time.perf_counter()
+        if math.isnan(self.first_progress):
+            self.begin, self.first_progress = now, event.progress
+        if event.step == self.first + 5:
+            self.expect(event)
         if self.console.is_terminal:
-            self.progress.update(self.task, total=self.steps, completed=event.step, description=self.describe(event.step, self.train_loss, left))
+            self.progress.update(self.task, total=1.0, completed=event.progress, description=self.describe(event.step, self.train_loss))
         elif now - self.last_line > QUIET_SECONDS:
-            self.line(event.step, self.train_loss, left)
+            self.line(event.step, self.train_loss)
 
-    def left(self, step: int) -> float:
+    def expect(self, event: Stepped) -> None:
+        """Say how fast it goes, and how long it will take."""
+        speed = self.speed * self.flops_per_token
+        self.console.print(
+            f"{event.tokens / self.speed:.2g} s a step: {self.speed:,.0f} tokens/s, {speed / 1e9:,.0f} GFLOP/s, {speed / self.peak:.0%} of "
+            f"this machine's peak. About {duration(self.left())} to go.\n"
+        )
+
+    def left(self) -> float:
         """Seconds to the last step, at the pace so far, evaluations included."""
-        return (time.perf_counter() - self.begin) / (step - self.first) * (self.steps - step)
+        return (time.perf_counter() - self.begin) / max(1e-9, self.done - self.first_progress) * (1 - self.done)
 
-    def line(self, step: int, train_loss: float, left: float, note: str = "") -> None:
+    def line(self, step: int, train_loss: float, note: str = "") -> None:
         """Print the progress line so that it stays."""
-        self.console.print(self.describe(step, train_loss, left) + note)
+        self.console.print(self.describe(step, train_loss) + note)
         self.last_line = time.perf_counter()
 
-    def describe(self, step: int, train_loss: float, left: float) -> str:
+    def describe(self, step: int, train_loss: float) -> str:
         """The progress line: in 80 columns, but for runs of many hours."""
         val = "" if math.isnan(self.val_loss) else f"  val {self.val_loss:.3f} ({self.val_bits:.3f})"
-        return f"{step:,}/{self.steps:,}  {self.speed:,.0f} tok/s  train {train_loss:.3f} ({train_loss * self.bits:.3f}){val}  {duration(left)} left"
+        steps = f"{step:,}/{self.steps:,}" if self.steps else f"{step:,} ({self.done:.0%})"
+        return f"{steps}  {self.speed:,.0f} tok/s  train {train_loss:.3f} ({train_loss * self.bits:.3f}){val}  {duration(self.left())} left"
 
     def finished(self, event: Finished) -> None:
         """Place the model among the baselines, and give the verdict."""

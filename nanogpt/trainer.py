@@ -7,25 +7,28 @@ Refuses: to go on after a loss that is not a number, or without memory.
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from nanogpt import checkpoint, data, generate
-from nanogpt.config import SamplingConfig, TrainingConfig
-from nanogpt.errors import UserError
+from nanogpt import checkpoint, data, generate, machine
+from nanogpt.config import Config, SamplingConfig, TrainingConfig
+from nanogpt.errors import Notice, UserError
 from nanogpt.evaluate import Loss, Point, evaluate, verdict
 from nanogpt.machine import Machine, memory_for
 from nanogpt.model import GPT
-from nanogpt.optim import schedule
+from nanogpt.optim import Optimizer, schedule
 from nanogpt.prepare import Prepared
 from nanogpt.report import Evaluated, Event, Finished, Interrupted, Sampled, Saved, Saving, Stepped
 
 SAVE_SECONDS = 300.0  # at most so long between two saves, also where evaluations are further apart
 LONGEST_WARMUP = 0.1  # of the run: a shorter run than the settings had in mind is not to end before its rate has risen
+ROOM = 1.25  # what a run by the clock keeps for its end, as a multiple of what that seems to take
 SAMPLE = SamplingConfig(max_tokens=200)
 EVALUATION_SHARE, EVALUATIONS_SHARE = 0.02, 0.1  # of the run's arithmetic may go into one evaluation, and into all,
 FEWEST_TOKENS = 8192  # except that fewer tokens tell nothing
@@ -39,6 +42,7 @@ class Position:
     seconds: float = 0.0
     nats: float = 0.0  # training loss since the last evaluation, as a sum
     tokens: int = 0  # and a count
+    budget: float | None = None  # seconds that a run of so many minutes has for training, once all else is taken off
     val_tokens: int | None = None  # that an evaluation during the run takes, None for all: always the same, or "best" would mean nothing
     history: list[Point] = field(default_factory=list)
 
@@ -53,73 +57,173 @@ class Position:
         return min(self.history, key=lambda point: point.val_loss, default=None)
 
 
+def build(settled: Config, vocab_size: int, place: Machine) -> tuple[GPT, Optimizer]:
+    """A model with its initial weights, which are the same on every device, and its optimiser."""
+    model = checkpoint.empty_model(settled.model, vocab_size, "cpu")
+    model.init_weights(torch.Generator().manual_seed(settled.training.seed))
+    model.to(place.device)
+    model.fuse_attention(place.attention == "fused")
+    return model, Optimizer(model, settled.training, model.matrices())
+
+
 class Trainer:
     """A run in progress. `events()` carries it to its end from wherever `position` stands."""
 
     def __init__(
-        self, model: GPT, optimizer: torch.optim.Optimizer, text: Prepared, settings: TrainingConfig,
-        machine: Machine, run: Path, position: Position, asked_to_stop: Callable[[], bool],
+        self, model: GPT, optimizer: Optimizer, text: Prepared, settings: TrainingConfig,
+        place: Machine, run: Path, position: Position, asked_to_stop: Callable[[], bool], deadline: float = math.inf,
     ):  # fmt: skip
+        """`deadline`, by `time.monotonic`, is when a new run of so many minutes has to be over."""
         self.model, self.optimizer, self.text, self.settings = model, optimizer, text, settings
-        self.machine, self.run, self.position, self.asked_to_stop = machine, run, position, asked_to_stop
+        self.machine, self.run, self.position, self.asked_to_stop, self.deadline = place, run, position, asked_to_stop, deadline
+        self.nats = machine.compiled(place, model, model.nats) if place.compile else model.nats
+        self.step_seconds = 0.0
         self.saved_at = time.monotonic()
-        if position.step == 0:
-            position.val_tokens = self.limit()
 
     def events(self) -> Iterator[Event]:
-        """Train to the last step; evaluate, sample and save on the way; finish with the whole validation split.
+        """Train to the end; evaluate, sample and save on the way; finish with the whole validation split.
 
         Errors: `UserError` when the loss is not a number, or memory or the disk is full; the last save stays.
         """
         settings, position = self.settings, self.position
-        while position.step < settings.steps and not self.out_of_patience():
+        with memory_for(f"a step of {settings.batch_size} windows of {self.model.config.context_length} tokens"):
+            self.get_ready()
+        done = self.done()
+        while not done:
             with memory_for(f"a step of {settings.batch_size} windows of {self.model.config.context_length} tokens"):
                 stepped = self.step()
             yield stepped
-            due = position.step % settings.eval_every == 0 or position.step == settings.steps
+            over = self.over()
+            due = over or position.step % settings.eval_every == 0
             if due:
                 yield self.evaluate()
                 yield self.sample()
-            stop = self.asked_to_stop()
+            stop, done = self.asked_to_stop(), over or self.done()
             if due or stop or time.monotonic() - self.saved_at > SAVE_SECONDS:
                 yield Saving(position.step)
                 yield self.save()
-            if stop and position.step < settings.steps:
+            if stop and not done:
                 yield Interrupted(position.step)
                 return
         yield self.finish()
 
-    def step(self) -> Stepped:
-        """One update of the weights, on the batch that belongs to this step."""
+    def get_ready(self) -> None:
+        """Compile, and see how long a step and an evaluation take, as far as the run needs to know; nothing of it changes the weights."""
+        timed = self.settings.steps is None and self.position.budget is None
+        self.upcoming = self.batch(self.position.step)
+        if self.machine.compile:
+            self.compile()
+        if timed:
+            begin = time.perf_counter()
+            self.try_step()
+            self.step_seconds = time.perf_counter() - begin
+            self.position.budget = max(0.0, self.deadline - time.monotonic())
+        if self.position.step == 0:
+            self.position.val_tokens = self.limit()
+        if timed:
+            self.position.budget = max(0.0, self.deadline - time.monotonic() - self.finishing_seconds())
+        self.began = time.monotonic() - self.position.seconds
+
+    def compile(self) -> None:
+        """Run a first step, which compiles; without success go on without the compiler, and say so."""
         begin = time.perf_counter()
-        settings, position, device = self.settings, self.position, self.machine.device
-        rows = range(settings.batch_size)
-        batch = data.batch(self.text.train, settings.seed, position.step, rows, self.model.config.context_length)
-        x, y, keys = (part.to(device) for part in batch)  # (B, T), (B, T), (B,)
+        try:
+            self.try_step()
+        except Exception as error:  # whatever a compiler can come upon
+            if "out of memory" in str(error):
+                raise
+            why = str(error).strip().partition("\n")[0][:200]
+            warnings.warn(f"torch.compile failed, so this run goes on without it, at about half the speed ({why}).", Notice, stacklevel=2)
+            self.nats = self.model.nats
+            torch.compiler.set_stance("force_eager")
+            return
+        seconds = time.perf_counter() - begin
+        marker = machine.compiled_before(self.machine, (self.model.config, self.settings.batch_size))
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.write_text(f"{seconds:.1f} s\n")
+
+    def try_step(self) -> None:
+        """Forward and backward, without moving the weights."""
+        x, y, keys = self.upcoming
         with self.machine.autocast():
-            nats = self.model.nats(x, y, keys)
-        loss = nats / y.numel()
-        loss.backward()
-        limit = settings.grad_clip or math.inf
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        warmup = min(settings.warmup_steps / settings.steps, LONGEST_WARMUP)
-        rate = settings.learning_rate * schedule((position.step + 1) / settings.steps, warmup)
-        if not (math.isfinite(loss.item()) and math.isfinite(grad_norm)):
-            raise self._not_a_number(loss.item(), rate, grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            self.nats(x, y, keys).backward()
+        self.model.zero_grad(set_to_none=True)
+
+    def finishing_seconds(self) -> float:
+        """How long the last evaluation, sample and save will take, with some room, by trying a part of each."""
+        begin = time.perf_counter()
+        tried = self.validation_loss(self.model, FEWEST_TOKENS).tokens
+        evaluated = time.perf_counter()
+        self.sample(10)
+        sampled = time.perf_counter()
+        evaluating = (evaluated - begin) * (len(self.text.val) + (self.position.val_tokens or 0)) / tried
+        writing = (sampled - evaluated) * SAMPLE.max_tokens / 10
+        saving = sum(p.nbytes for p in self.model.parameters()) / 50e6
+        return ROOM * (evaluating + writing + saving) + self.step_seconds
+
+    def elapsed(self) -> float:
+        """Seconds of this run, all its parts together, since its first step."""
+        return time.monotonic() - self.began
+
+    def progress(self) -> float:
+        """What share of the run will be over with the next step: of its steps, or of its time."""
+        if self.settings.steps is not None:
+            return (self.position.step + 1) / self.settings.steps
+        return min(1.0, (self.elapsed() + self.step_seconds) / self.position.budget) if self.position.budget else 1.0
+
+    def over(self) -> bool:
+        """Whether all steps are done, or the time is."""
+        if self.settings.steps is not None:
+            return self.position.step >= self.settings.steps
+        return self.elapsed() + 0.5 * self.step_seconds >= (self.position.budget or 0.0)
+
+    def done(self) -> bool:
+        """Whether there is nothing more to train: at least one step was made, and the run is over or out of patience."""
+        return self.position.step > 0 and (self.over() or self.out_of_patience())
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The batch of a step on its way to the device: x (B, T), y (B, T) and keys (B,)."""
+        x, y, keys = data.batch(self.text.train, self.settings.seed, step, range(self.settings.batch_size), self.model.config.context_length)
+        return self.machine.send(x), self.machine.send(y), self.machine.send(keys)
+
+    def step(self) -> Stepped:
+        """One update of the weights, on the batch that belongs to this step. A GPU is asked for its numbers only when it has all its work."""
+        begin = time.perf_counter()
+        settings, position = self.settings, self.position
+        x, y, keys = self.upcoming  # (B, T), (B, T), (B,)
+        progress = self.progress()
+        with self.machine.autocast():
+            nats = self.nats(x, y, keys)
+        (nats / y.numel()).backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip or math.inf)
+        share = schedule(progress, self.warmup(), settings.cooldown)
+        self.optimizer.step(share)
+        self.upcoming = self.batch(position.step + 1)
+        summed, norm = torch.stack([nats.detach(), grad_norm]).tolist()
+        loss, rate = summed / y.numel(), share * settings.learning_rate
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self._not_a_number(loss, rate, norm)
         position.step += 1
-        position.nats += nats.item()
+        position.nats += summed
         position.tokens += y.numel()
         seconds = time.perf_counter() - begin
-        position.seconds += seconds
-        return Stepped(position.step, loss.item(), rate, grad_norm, y.numel(), y.numel() / seconds, position.seconds)
+        self.step_seconds = 0.8 * self.step_seconds + 0.2 * seconds if self.step_seconds else seconds
+        position.seconds = self.elapsed()
+        return Stepped(position.step, progress, loss, rate, norm, y.numel(), y.numel() / seconds, position.seconds)
+
+    def warmup(self) -> float:
+        """The share of the run in which the learning rate rises."""
+        return min(self.settings.warmup_steps / self.expected_steps(), LONGEST_WARMUP)
+
+    def expected_steps(self) -> float:
+        """How many steps the run will have made."""
+        if self.settings.steps is not None:
+            return self.settings.steps
+        left = (self.position.budget or 0.0) - self.position.seconds
+        return self.position.step + max(1.0, left / self.step_seconds if self.step_seconds else 1.0)
 
     def evaluate(self) -> Evaluated:
         """Measure the validation loss; keep the model if it is the best so far."""
-        begin = time.perf_counter()
         position = self.position
         loss = self.validation_loss(self.model, position.val_tokens)
         if not math.isfinite(loss.nats):
@@ -130,15 +234,16 @@ class Trainer:
         position.nats, position.tokens = 0.0, 0
         if best:
             checkpoint.save_model(self.run / "model.safetensors", self.model, self.text.tokenizer, self.summary(loss))
-        position.seconds += time.perf_counter() - begin
+        position.seconds = self.elapsed()
         return Evaluated(point.step, point.train_loss, loss.val_loss, loss.bits_per_byte, loss.tokens, best, position.seconds)
 
-    def sample(self) -> Sampled:
+    def sample(self, count: int = SAMPLE.max_tokens) -> Sampled:
         """A few words of the model as it is now, always from the same random numbers."""
-        unused = self.text.about["unused"]
+        unused, settings = self.text.about["unused"], SAMPLE.model_copy(update={"max_tokens": count})
         prompt = generate.encode_prompt(self.text.tokenizer, None, unused, self.model.config.context_length)
-        ids = generate.tokens(self.model, prompt, SAMPLE, self.settings.seed, self.machine, unused)
-        return Sampled(self.position.step, "".join(generate.text(self.text.tokenizer, ids)))
+        with machine.eager():
+            ids = generate.tokens(self.model, prompt, settings, self.settings.seed, self.machine.for_single_rows(), unused)
+            return Sampled(self.position.step, "".join(generate.text(self.text.tokenizer, ids)))
 
     def save(self) -> Saved:
         """Write all that it takes to go on from here; before the first evaluation, also the model, so that one can look at it."""
@@ -151,8 +256,11 @@ class Trainer:
     def finish(self) -> Finished:
         """Measure the best model, which is the one that stays, on the whole split, and write the result into its file."""
         kept = checkpoint.load(self.run, self.machine.device)
-        loss = self.validation_loss(kept.model, None)
-        judged = verdict(self.position.history, self.text.about["baselines"], loss.val_loss)
+        if self.position.val_tokens is None:  # then it was measured on all of it when it was kept
+            loss = Loss(kept.summary["val_nats"], kept.summary["val_tokens"], kept.summary["val_bytes"])
+        else:
+            loss = self.validation_loss(kept.model, None)
+        judged = verdict(self.position.history, self.text.about["baselines"], loss.val_loss, self.settings.minutes)
         summary = kept.summary | self.summary(loss) | {"step": kept.summary["step"], "verdict": judged.asdict()}
         checkpoint.save_model(self.run / "model.safetensors", kept.model, self.text.tokenizer, summary)
         return Finished(self.position.step, kept.summary["step"], loss, self.text.about["baselines"], judged, self.position.seconds)
@@ -162,19 +270,21 @@ class Trainer:
         about = self.text.about
         summary = {"step": self.position.step, "text": about["fingerprint"], "baselines": about["baselines"], "unused": about["unused"]}
         if loss is not None:
-            summary |= {"val_loss": loss.val_loss, "bits_per_byte": loss.bits_per_byte, "val_tokens": loss.tokens}
-            summary["verdict"] = verdict(self.position.history, about["baselines"]).asdict()
+            summary |= {"val_loss": loss.val_loss, "bits_per_byte": loss.bits_per_byte}
+            summary |= {"val_nats": loss.nats, "val_tokens": loss.tokens, "val_bytes": loss.bytes}
+            summary["verdict"] = verdict(self.position.history, about["baselines"], minutes=self.settings.minutes).asdict()
         return summary
 
     def validation_loss(self, model: GPT, limit: int | None) -> Loss:
         """The loss of a model on the validation split, or on `limit` tokens of it."""
-        return evaluate(model, self.text.val, self.text.about["val_bytes"], self.machine, limit=limit)
+        with machine.eager():
+            return evaluate(model, self.text.val, self.text.about["val_bytes"], self.machine, limit=limit)
 
     def limit(self) -> int | None:
         """How many validation tokens an evaluation during the run may take, None for all; an update costs three forward passes."""
-        settings = self.settings
-        share = min(EVALUATION_SHARE, EVALUATIONS_SHARE / math.ceil(settings.steps / settings.eval_every))
-        tokens = 3 * share * settings.steps * settings.batch_size * self.model.config.context_length
+        settings, steps = self.settings, self.expected_steps()
+        share = min(EVALUATION_SHARE, EVALUATIONS_SHARE / math.ceil(steps / settings.eval_every))
+        tokens = 3 * share * steps * settings.batch_size * self.model.config.context_length
         return max(int(tokens), FEWEST_TOKENS) if tokens < len(self.text.val) else None
 
     def out_of_patience(self) -> bool:

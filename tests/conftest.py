@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tiny tensors only lose by a second thread
 
@@ -11,17 +12,32 @@ import torch
 
 from nanogpt import checkpoint
 from nanogpt.config import MachineConfig, ModelConfig
-from nanogpt.machine import choose
+from nanogpt.machine import choose, peak
 
 hypothesis.settings.register_profile("nanogpt", deadline=None)  # no test depends on speed
 hypothesis.settings.load_profile("nanogpt")
 
+# The machine's part is given, so that no test depends on what is faster where it runs.
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 16, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 5}
+TINY |= {"dtype": "float32", "attention": "fused", "compile": False}
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory):
+    """A cache that holds what was measured of this machine once for all tests."""
+    folder = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        for dtype in (torch.float32, torch.bfloat16):
+            peak(torch.device("cpu"), dtype)
+    return folder
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+def _own_cache(tmp_path_factory, monkeypatch, measured):
+    folder = tmp_path_factory.mktemp("cache")
+    shutil.copytree(measured, folder, dirs_exist_ok=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,9 @@ import nanogpt
 from nanogpt import cli
 
 SURFACE = {
-    "train": "--arch --batch-size --config --context-length --device --dropout --dtype --encoding --eval-every --grad-clip --learning-rate --n-embd --n-head "
-    "--n-kv-head --n-layer --out --overwrite --patience --resume --seed --steps --threads --tokenizer --val --val-bytes --warmup-steps --weight-decay",
+    "train": "--arch --attention --batch-size --compile --config --context-length --cooldown --deterministic --device --dropout --dtype --encoding "
+    "--eval-every --grad-clip --learning-rate --matrix-learning-rate --minutes --n-embd --n-head --n-kv-head --n-layer --no-compile --optimizer --out "
+    "--overwrite --patience --preset --resume --seed --steps --threads --tokenizer --val --val-bytes --warmup-steps --weight-decay",
     "sample": "--device --dtype --encoding --json --max-tokens --min-p --n --prompt --prompt-file --seed --stop --strict --temperature --threads "
     "--top-k --top-p",
     "eval": "--context-length --device --dtype --encoding --json --threads",

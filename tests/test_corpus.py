@@ -195,7 +195,7 @@ def test_shakespeare_offline_says_where_the_file_can_be_put(offline):
 
 def test_shakespeare_is_taken_from_the_cache_and_checked(offline, monkeypatch):
     path = cache_dir() / "shakespeare.txt"
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"To be, or not to be")
     with pytest.raises(UserError, match=r"not Tiny Shakespeare: its SHA-256 is .*\n.*Remove"):
         expand(["shakespeare"])

@@ -11,10 +11,10 @@ PACKAGE = Path(__file__).parent.parent / "nanogpt"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"library"},
+    {"library", "bench"},
     {"trainer"},
-    {"prepare", "generate", "report"},
-    {"checkpoint", "evaluate"},
+    {"prepare", "recipe", "generate", "report"},
+    {"checkpoint", "evaluate", "plan"},
     {"data", "optim", "machine", "tokenizer", "model"},
     {"corpus", "config"},
     {"files"},

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
-from nanogpt.model import EPSILON, GPT, ROPE_BASE, Dropout, KVCache, swiglu_width
+from nanogpt.model import EPSILON, GPT, ROPE_BASE, KVCache, dropout, dropout_keys, gelu, swiglu_width
 
 
 def own_name(theirs: str) -> str:
@@ -135,7 +135,7 @@ KEYS = torch.tensor([3, -70_000, 2**31 - 1, 12345], dtype=torch.int32)
 
 def test_dropout_zeroes_its_share_and_keeps_the_mean():
     x = torch.ones(4, 64, 100)
-    y = Dropout(0.2, place=1)(x, KEYS)
+    y = dropout(x, 0.2, KEYS)
     assert (y == 0).float().mean().item() == pytest.approx(51 / 256, abs=0.01)
     assert y.mean().item() == pytest.approx(1.0, abs=0.01)
     assert y.unique().numel() == 2
@@ -143,23 +143,24 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean():
 
 @pytest.mark.parametrize("shape", [(4, 7, 9), (4, 2, 5, 5), (4, 1, 3)])
 def test_the_mask_of_a_row_depends_on_its_key_alone(shape):
-    drop, x = Dropout(0.5, place=2), torch.ones(shape)
-    whole = drop(x, KEYS)
+    x = torch.ones(shape)
+    whole = dropout(x, 0.5, KEYS)
     for row in range(4):
-        assert torch.equal(drop(x[row : row + 1], KEYS[row : row + 1]), whole[row : row + 1])
+        assert torch.equal(dropout(x[row : row + 1], 0.5, KEYS[row : row + 1]), whole[row : row + 1])
+        assert torch.equal(dropout_keys(KEYS[row : row + 1], 3), dropout_keys(KEYS, 3)[:, :, row : row + 1])
 
 
 def test_masks_of_rows_places_and_neighbours_are_unrelated():
     x = torch.ones(4, 4096)
-    here, there = (Dropout(0.5, place=place)(x, KEYS) > 0 for place in (1, 2))
+    here, there = (dropout(x, 0.5, keys) > 0 for keys in dropout_keys(KEYS, 2)[1, :2])
     for a, b in ((here, there), (here[0], here[1]), (here[:, 1:], here[:, :-1]), (here[:, 4:], here[:, :-4])):
         assert (a == b).float().mean().item() == pytest.approx(0.5, abs=0.04)
 
 
 def test_without_keys_or_without_a_rate_nothing_is_dropped(make_model):
     x = torch.randn(4, 5, 6)
-    assert Dropout(0.5, place=0)(x, None) is x
-    assert Dropout(0.0, place=0)(x, KEYS) is x
+    assert dropout(x, 0.5, None) is x
+    assert dropout(x, 0.0, KEYS) is x
 
 
 def test_dropout_acts_on_embedding_attention_and_both_branches(make_model):
@@ -169,14 +170,21 @@ def test_dropout_acts_on_embedding_attention_and_both_branches(make_model):
     assert not torch.allclose(plain, dropped)
     assert torch.equal(dropped, model(idx, KEYS))
     torch.testing.assert_close(model(idx[1:2], KEYS[1:2]), dropped[1:2])
-    places = [module.place for module in model.modules() if isinstance(module, Dropout)]
-    assert sorted(places) == list(range(1 + 3 * 2))
+    assert dropout_keys(KEYS, 3).unique().numel() == 3 * 3 * 4
 
 
-def test_attention_by_its_probabilities_equals_fused_attention(make_model, monkeypatch):
-    model, idx = make_model(), torch.randint(11, (4, 8), generator=torch.Generator().manual_seed(1))
-    fused = model(idx)
-    for block in model.blocks:
-        block.attn.dropout.zeros = 1
-        monkeypatch.setattr(block.attn.dropout, "forward", lambda probabilities, keys: probabilities)
-    torch.testing.assert_close(model(idx, KEYS), fused, atol=1e-5, rtol=1e-5)
+def test_attention_by_its_probabilities_equals_fused_attention(make_model):
+    for arch in ("classic", "modern"):
+        model, idx = make_model(arch=arch), torch.randint(11, (4, 8), generator=torch.Generator().manual_seed(1))
+        fused = model(idx)
+        for block in model.blocks:
+            block.attn.fused = False
+        torch.testing.assert_close(model(idx), fused, atol=1e-5, rtol=1e-5)
+
+
+def test_the_compilers_gelu_is_the_same_function(monkeypatch):
+    x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
+    plain = gelu(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(gelu(x), plain, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(plain, torch.nn.functional.gelu(x, approximate="tanh"))

@@ -27,18 +27,20 @@ def screen(monkeypatch):
 @pytest.fixture
 def terminal(screen):
     terminal = Terminal(screen)
-    terminal(Started("runs/my book [draft]", 0, Config(), 10_000_000, ABOUT, "CPU"))
+    terminal(Started("runs/my book [draft]", 0, Config(), 10_000_000, ABOUT, "CPU", 1e8, 1e12, []))
     yield terminal
     terminal.close()
 
 
 def test_the_progress_line_fits_80_columns_and_tells_all(terminal):
-    terminal(Stepped(4999, 1.2345, 1e-3, 1.0, 8192, 123_456.0, 1.0))
+    terminal(Stepped(4999, 0.9998, 1.2345, 1e-3, 1.0, 8192, 123_456.0, 1.0))
     terminal(Evaluated(4999, 1.2345, 1.4, 2.5, 100, True, 1.0))
-    line = terminal.describe(4999, 1.2345, 5025.0)
+    terminal.left = lambda: 5025.0
+    line = terminal.describe(4999, 1.2345)
     assert line == "4,999/5,000  123,456 tok/s  train 1.234 (1.781)  val 1.400 (2.500)  1 h 23 min left"
     assert len(line) <= 84
-    assert len(terminal.describe(4999, 1.2345, 59.0)) <= 80
+    terminal.left = lambda: 59.0
+    assert len(terminal.describe(4999, 1.2345)) <= 80
 
 
 def test_names_are_shown_as_they_are_and_quoted_in_commands(terminal, screen):
