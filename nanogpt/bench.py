@@ -7,55 +7,67 @@ import itertools
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nanogpt import generate, machine
-from nanogpt.config import Config, SamplingConfig
+from nanogpt.config import SamplingConfig, resolve
 from nanogpt.plan import flops_per_token
 from nanogpt.prepare import prepare
+from nanogpt.report import Speed
 from nanogpt.trainer import Position, Trainer, build
 
 TEXT = "python-docs"
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What was measured; times are medians of `steps` training steps (optimiser included) and of `tokens` written one by one."""
+def bench(settings: dict[str, Any], seconds: float = 10.0, tokens: int = 200) -> Speed:
+    """Time training steps with these settings for some seconds, and `tokens` tokens of generation, as a long run would have them. Nothing is kept.
 
-    machine: str
-    parameters: int
-    tokens_per_step: int
-    step_seconds: float
-    train_tokens_per_second: float
-    train_flops_per_second: float
-    peak_flops_per_second: float
-    share_of_peak: float
-    write_tokens_per_second: float
-    compile_seconds: float
-    steps: int
-    tokens: int
-
-
-def bench(settled: Config, place: machine.Machine, steps: int = 20, tokens: int = 200) -> Speed:
-    """Time `steps` training steps of these settings, and `tokens` tokens of generation. Nothing of it is kept."""
+    Errors: `UserError` for settings that are wrong, or too large for the memory.
+    """
+    settled = resolve({"steps": 1_000_000} | settings)
     text = prepare([TEXT], settled.text)
-    model, optimizer = build(settled, text.tokenizer.vocab_size, place)
-    with tempfile.TemporaryDirectory(prefix="nanogpt-") as run:
+    place = machine.choose(settled.machine)
+    place, _ = machine.for_training(place, settled.machine, settled.model, settled.training.batch_size, 1e9)
+    with machine.memory_for(f"a model of this shape: {settled.model}"):
+        model, optimizer = build(settled, text.tokenizer.vocab_size, place)
+    with tempfile.TemporaryDirectory(prefix="nanogpt-") as run, machine.memory_for(f"a step of {settled.training.batch_size} windows"):
         trainer = Trainer(model, optimizer, text, settled.training, place, Path(run), Position(), lambda: False)
         begin = time.perf_counter()
         trainer.get_ready()
         ready = time.perf_counter() - begin
-        times = [event.tokens / event.tokens_per_second for event in (trainer.step() for _ in range(steps + 2))][2:]
-    row = place.for_single_rows()
+        times = _step_times(trainer, seconds)
     prompt = text.val[: settled.model.context_length // 2].tolist()
     with machine.eager():
-        written = generate.tokens(model.eval(), prompt, SamplingConfig(max_tokens=tokens + 1), 1, row)
+        written = generate.tokens(model.eval(), prompt, SamplingConfig(max_tokens=tokens + 1), 1, place.for_single_rows())
         moments = [time.perf_counter() for _ in written]
     pace = statistics.median(after - before for before, after in itertools.pairwise(moments))
-    per_step = settled.training.batch_size * settled.model.context_length
-    seconds = statistics.median(times)
-    speed = per_step / seconds * flops_per_token(settled.model, text.tokenizer.vocab_size)
+    per_step, step = settled.training.batch_size * settled.model.context_length, statistics.median(times)
+    speed = per_step / step * flops_per_token(settled.model, text.tokenizer.vocab_size)
     peak = machine.peak(place.device, place.dtype)
-    parameters = sum(p.numel() for p in model.parameters())
-    return Speed(str(place), parameters, per_step, seconds, per_step / seconds, speed, peak, speed / peak, 1 / pace, ready, steps, tokens)
+    return Speed(
+        machine=str(place),
+        attention=place.attention,
+        compiled=place.compile,
+        parameters=sum(p.numel() for p in model.parameters()),
+        tokens_per_step=per_step,
+        step_seconds=step,
+        train_tokens_per_second=per_step / step,
+        train_flops_per_second=speed,
+        peak_flops_per_second=peak,
+        share_of_peak=speed / peak,
+        write_tokens_per_second=1 / pace,
+        ready_seconds=ready,
+        steps=len(times),
+        tokens=tokens,
+    )
+
+
+def _step_times(trainer: Trainer, seconds: float) -> list[float]:
+    """Seconds of each step, after two that do not count."""
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - begin < seconds:
+        event = trainer.step()
+        times.append(event.tokens / event.tokens_per_second)
+    return times[2:]

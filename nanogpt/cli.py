@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 
 import nanogpt
-from nanogpt.config import Config, PlaceConfig, SamplingConfig, explain, flatten
+from nanogpt.config import Config, PlaceConfig, SamplingConfig, explain, flatten, resolve
 from nanogpt.errors import Notice, UserError
 
 Settings = Annotated[Config, Parameter(name="*")]
@@ -153,6 +154,59 @@ def evaluate(
         print(json.dumps(numbers | {"verdict": result.verdict.asdict() if result.verdict else None}))
     else:
         report.show_evaluation(result, result.baselines, result.verdict, str(model))
+
+
+@app.command
+def plan(
+    *, vocab_size: int = 65, text_bytes: int | None = None, gpu: str | None = None, gpus_per_node: int = 1, nodes: int = 1, as_json: AsJson = False,
+    settings: Settings = Config(),
+) -> None:  # fmt: skip
+    """Say what a run would take: parameters, memory, arithmetic and time; here, or on GPUs that are not here.
+
+    Parameters
+    ----------
+    vocab_size
+        Different tokens; the default is that of English letters and punctuation.
+    text_bytes
+        Size of the text, for advice on how often it is read.
+    gpu
+        A GPU by name, such as H100 or RTX 4090. [default: this machine]
+    gpus_per_node
+        GPUs in each machine.
+    nodes
+        Machines.
+    as_json
+        One JSON object instead of a table.
+    """
+    from nanogpt import machine, report
+    from nanogpt.plan import plan
+
+    if problem := next((f"{name} = {n}" for name, n in (("vocab_size", vocab_size), ("gpus_per_node", gpus_per_node), ("nodes", nodes)) if n < 1), None):
+        raise UserError(f"{problem} is out of range.", "It is 1 or more.")
+    settled = resolve(flatten(settings, explicit=True))
+    here = ("", 0.0, 0.0)  # which takes no measuring
+    if gpu is None:
+        place = machine.choose(settled.machine)
+        here = (str(place), machine.peak(place.device, place.dtype), machine.memory_of(place.device))
+        settled = settled.model_copy(update={"machine": place.settings()})
+    found = plan(settled, vocab_size, text_bytes, here, gpu, gpus_per_node, nodes)
+    print(json.dumps(found.asdict())) if as_json else report.show_plan(found)
+
+
+@app.command
+def bench(*, as_json: AsJson = False, settings: Settings = Config()) -> None:
+    """Measure how fast this machine trains and writes, with any settings, in about half a minute.
+
+    Parameters
+    ----------
+    as_json
+        One JSON object instead of lines.
+    """
+    from nanogpt import report
+    from nanogpt.bench import bench
+
+    found = bench(flatten(settings, explicit=True))
+    print(json.dumps(asdict(found))) if as_json else report.show_speed(found)
 
 
 def main(words: list[str] | None = None) -> None:

@@ -203,7 +203,7 @@ def train(
         write_text(run / "config.toml", to_toml(settled))
         write_text(run / "text.json", json.dumps(prepared.about, indent=1))
         asked = stack.enter_context(_stop_signals(on_event)) if out is not None else []
-        deadline = begun + 60 * (settled.training.minutes or math.inf)
+        deadline = begun + 60 * (settled.training.minutes or math.inf) - position.seconds
         trainer = Trainer(model, optimizer, prepared, settled.training, place, run, position, lambda: bool(asked), deadline)
         log, event = RunLog(run), None
         for event in _events(trainer, settled, place, choices):
@@ -243,10 +243,12 @@ def _settle(run: Path, sources: Sequence[str], given: dict[str, Any], resuming: 
     place = machine.choose(settled.machine)
     choices: list[Choice] = []
     if settled.training.minutes is not None and not resuming:
-        choices = recipe.choose(settled.training.minutes, prepared, place, given)
+        choices = recipe.choose(settled.training.minutes, len(prepared.train), prepared.tokenizer.vocab_size, place, given)
         settled = resolve(given | {choice.name: choice.value for choice in choices})
     settled = _fit_context(settled, given, len(prepared.train))
-    place = machine.for_training(place, settled.machine, settled.model, _expected_seconds(settled, prepared, place))
+    seconds = _expected_seconds(settled, prepared, place)
+    place, reasons = machine.for_training(place, settled.machine, settled.model, settled.training.batch_size, seconds)
+    choices += [Choice(name, getattr(place.settings(), name), reason) for name, reason in reasons.items()]
     return settled.model_copy(update={"machine": place.settings()}), prepared, place, choices
 
 

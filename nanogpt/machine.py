@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -31,7 +32,7 @@ from nanogpt.files import cache_dir, write_text
 
 FASTER = 1.2  # a measured gain below this is noise, and the simpler choice stays
 COLD_SECONDS, WARM_SECONDS = 25.0, 4.0  # what compiling a step takes on two cores, the first time and again
-COMPILED_GAIN = 1.6  # a compiled step against an eager one; benchmarks/step.py prints it
+USUAL_GAIN = 1.3  # of a compiled step over an eager one, where none was measured yet
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,36 @@ def choose(asked: MachineConfig) -> Machine:
     return Machine(device, dtype, torch.get_num_threads(), deterministic=asked.deterministic)
 
 
-def for_training(place: Machine, asked: MachineConfig, model: ModelConfig, seconds: float, warm: bool = False) -> Machine:
-    """The same machine with attention and compiler chosen, for a step of a run that is expected to take `seconds`.
+def for_training(place: Machine, asked: MachineConfig, model: ModelConfig, batch_size: int, seconds: float) -> tuple[Machine, dict[str, str]]:
+    """The same machine with attention and compiler chosen, for the steps of a run that is expected to take `seconds`; and why, for each setting chosen."""
+    reasons: dict[str, str] = {}
+    attention, compiled = str(asked.attention), asked.compile
+    if asked.dtype == "auto" and place.device.type == "cpu":
+        bfloat16, float32 = (peak(place.device, dtype) / 1e9 for dtype in (torch.bfloat16, torch.float32))
+        reasons["dtype"] = f"products take {bfloat16:,.0f} GFLOP/s in bfloat16, {float32:,.0f} in float32"
+    if attention == "auto":
+        attention, reasons["attention"] = _faster_attention(place, model)
+    place = replace(place, attention=attention)
+    if compiled is None:
+        compiled, reasons["compile"] = _compiling_pays(place, model, batch_size, seconds)
+    return replace(place, compile=compiled), reasons
 
-    With `warm`, a step of this shape was compiled here before.
-    """
-    attention = asked.attention if asked.attention != "auto" else _faster_attention(place, model)
-    cost = WARM_SECONDS if warm else COLD_SECONDS
-    pays = seconds > cost + seconds / COMPILED_GAIN and place.device.type != "mps" and sys.platform != "win32"
-    compiled = asked.compile if asked.compile is not None else pays and has_compiler(place.device)
-    return replace(place, attention=attention, compile=compiled)
+
+def _compiling_pays(place: Machine, model: ModelConfig, batch_size: int, seconds: float) -> tuple[bool, str]:
+    """Whether compiled steps win back what compiling takes, and why."""
+    if place.device.type == "mps" or sys.platform == "win32":
+        return False, "not tried on Windows and Apple's GPUs"
+    if not has_compiler(place.device):
+        return False, "no C++ compiler was found; with one (g++ or clang++), long runs are faster" if place.device.type == "cpu" else "no Triton was found"
+    warm = compiled_before(place, model, batch_size).exists()
+    cost, gain = WARM_SECONDS if warm else COLD_SECONDS, known(gain_of(place, model), place.device) or USUAL_GAIN
+    pays = seconds > cost + seconds / gain
+    return pays, f"steps become about {gain:.1f} times as fast, for about {cost:.0f} s" + ("" if pays else ", which the run is too short for")
+
+
+def gain_of(place: Machine, model: ModelConfig) -> str:
+    """The name of the figure that tells how many times as fast a step runs compiled."""
+    return f"compiled gain {model.arch} {place.dtype} {place.attention}"
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -128,7 +149,17 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
         x, w = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         return 2 * n**3 / _seconds(lambda: F.linear(x, w), device)
 
-    return _once(f"peak {dtype}", device, measure)
+    return once(f"peak {dtype}", device, measure)
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes of memory of the device; infinity where the system does not tell."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[1])
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def has_compiler(device: torch.device) -> bool:
@@ -164,12 +195,22 @@ def compiled(place: Machine, model: nn.Module, nats: Callable[..., Tensor]) -> C
     return first
 
 
-def compiled_before(place: Machine, shape: object) -> Path:
+def uncompiled(nats: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`nats` as it was before its blocks were compiled, which did not succeed."""
+
+    def plain(*inputs: Tensor) -> Tensor:
+        with eager():
+            return nats(*inputs)
+
+    return plain
+
+
+def compiled_before(place: Machine, model: ModelConfig, batch_size: int) -> Path:
     """The file that stands beside the compiler's own cache once a step of this shape was compiled."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir as compiler_cache
 
-    name = hashlib.sha256(f"{shape} {place} {torch.__version__}".encode()).hexdigest()[:20]
-    return Path(compiler_cache()) / f"nanogpt-{name}"
+    how = f"{model} {batch_size} {place.device} {place.dtype} {place.threads} {place.attention} {torch.__version__}"
+    return Path(compiler_cache()) / f"nanogpt-{hashlib.sha256(how.encode()).hexdigest()[:20]}"
 
 
 def eager() -> AbstractContextManager:
@@ -194,10 +235,10 @@ def _bfloat16_pays(device: torch.device) -> bool:
     return device.type == "cpu" and peak(device, torch.bfloat16) > FASTER * peak(device, torch.float32)
 
 
-def _faster_attention(place: Machine, model: ModelConfig) -> str:
-    """ "plain" or "fused", by timing both, forward and backward, on 4,096 tokens of the context at hand."""
+def _faster_attention(place: Machine, model: ModelConfig) -> tuple[str, str]:
+    """ "plain" or "fused", by timing both, forward and backward, on 4,096 tokens of the context at hand; and why."""
     if place.device.type != "cpu":
-        return "fused"
+        return "fused", "GPUs have a kernel for it"
     T, H, D = model.context_length, model.n_head, model.n_embd // model.n_head
     rows = max(1, 4096 // T)
 
@@ -211,9 +252,10 @@ def _faster_attention(place: Machine, model: ModelConfig) -> str:
         return _seconds(lambda: attend().sum().backward(), place.device)
 
     if rows * T * H * max(T, D) * 16 > 2**31:  # bytes of scores, probabilities and their gradients
-        return "fused"
-    plain, fused = (_once(f"attention {T} {H} {D} {place.dtype} fused={fused}", place.device, partial(measure, fused)) for fused in (False, True))
-    return "plain" if FASTER * plain < fused else "fused"
+        return "fused", "the context is long"
+    plain, fused = (once(f"attention {T} {H} {D} {place.dtype} fused={fused}", place.device, partial(measure, fused)) for fused in (False, True))
+    why = f"4,096 tokens take {1e3 * plain:.3g} ms plain, {1e3 * fused:.3g} ms fused"
+    return "plain" if FASTER * plain < fused else "fused", why
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -228,18 +270,38 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     return min(times[1:])
 
 
-def _once(what: str, device: torch.device, measure: Callable[[], float]) -> float:
-    """A figure of this machine: measured, or as it was measured before with the same PyTorch and threads."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.node()} {_processor()} {torch.get_num_threads()} threads"
-    key, file = f"{name}, torch {torch.__version__}: {what}", cache_dir() / "machine.json"
+def once(what: str, device: torch.device, measure: Callable[[], float]) -> float:
+    figure = known(what, device)
+    return figure if figure is not None else remember(what, device, measure())
+
+
+def known(what: str, device: torch.device) -> float | None:
+    """A figure of this machine, as it was measured before with the same PyTorch and threads."""
+    figure = _figures().get(_key(what, device))
+    return figure if isinstance(figure, float) else None
+
+
+def remember(what: str, device: torch.device, figure: float) -> float:
+    """Keep a figure that was measured, and give it back."""
+    write_text(_figures_file(), json.dumps(_figures() | {_key(what, device): figure}, indent=1))
+    return figure
+
+
+def _figures() -> dict[str, object]:
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
+        figures = json.loads(_figures_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        known = {}
-    if not isinstance(known.get(key), float):
-        known[key] = measure()
-        write_text(file, json.dumps(known, indent=1))
-    return known[key]
+        return {}
+    return figures if isinstance(figures, dict) else {}
+
+
+def _figures_file() -> Path:
+    return cache_dir() / "machine.json"
+
+
+def _key(what: str, device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.node()} {_processor()} {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}: {what}"
 
 
 def _processor() -> str:

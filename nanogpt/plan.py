@@ -105,7 +105,7 @@ def flops_per_token(model: ModelConfig, vocab_size: int) -> float:
     for attention, counted as if it were not causal (Chowdhery et al. 2022, appendix B)."""
     counts = parameters(model, vocab_size)
     C, L = model.n_embd, model.n_layer
-    vectors = 0 if model.arch == "modern" else L * (9 * C + C)  # biases are added, not multiplied
+    vectors = 0 if model.arch == "modern" else L * 9 * C  # biases are added, not multiplied
     multiplied = counts["attention"] + counts["feed-forward"] - vectors + vocab_size * C
     return 6 * multiplied + 12 * L * model.context_length * C
 
@@ -131,8 +131,9 @@ def memory(model: ModelConfig, training: TrainingConfig, vocab_size: int, rows: 
     else:
         attention = stream + b * 6 * C + dropped
         feed_forward = stream + b * 9 * C + dropped
-    if not fused:
-        attention += model.n_head * T * (4 + b) + (model.n_head * T if dropped and model.arch == "classic" else 0)
+    drops_attention = model.arch == "classic" and dropped > 0
+    if not fused or drops_attention:
+        attention += model.n_head * T * (4 + b + drops_attention)
     return {
         "weights": 4 * total + (2 * matrices if half else 0),
         "gradients": 4 * total,
@@ -190,8 +191,8 @@ def _hints(total: int, tokens: int, text_tokens: int | None) -> list[str]:
     """What the literature says of so many parameters, tokens, and so long a text."""
     best = math.sqrt(total * tokens / TOKENS_PER_PARAMETER)  # the same arithmetic, 6 N D, at the best ratio
     found = [
-        f"{tokens / total:.3g} tokens for each parameter; about {TOKENS_PER_PARAMETER} make the best use of so much arithmetic, "
-        f"which would be a model of {best / 1e6:.3g} M parameters on {best * TOKENS_PER_PARAMETER / 1e6:,.3g} M tokens."
+        f"{rounded(tokens / total)} tokens for each parameter; about {TOKENS_PER_PARAMETER} make the best use of so much arithmetic, "
+        f"which would be a model of {rounded(best / 1e6)} M parameters on {rounded(best * TOKENS_PER_PARAMETER / 1e6)} M tokens."
     ]
     if text_tokens is not None:
         epochs = tokens / text_tokens
@@ -200,8 +201,14 @@ def _hints(total: int, tokens: int, text_tokens: int | None) -> list[str]:
             else "each reading teaches less than the one before; dropout helps" if epochs <= USEFUL_EPOCHS
             else "more text, or a smaller model with dropout, will help more than more steps"
         )  # fmt: skip
-        found.append(f"The text is read {epochs:.3g} times: {advice}.")
+        found.append(f"The text is read {rounded(epochs)} times: {advice}.")
     return found
+
+
+def rounded(number: float) -> str:
+    """Three digits of a number, as a person writes them."""
+    digits = 2 - math.floor(math.log10(number)) if number > 0 else 0
+    return f"{round(number, digits):,.{max(0, digits)}f}"
 
 
 def _gpu(name: str) -> Gpu:

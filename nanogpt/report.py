@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +22,7 @@ from rich.table import Table
 from nanogpt.config import Config
 from nanogpt.evaluate import Loss, Verdict
 from nanogpt.files import disk_full, write_text
+from nanogpt.plan import SHARE, Plan, rounded
 
 QUIET_SECONDS = 10.0  # without a terminal, at most this long between two lines
 
@@ -114,6 +116,26 @@ class Finished:
 
 
 Event = Started | Stepped | Evaluated | Sampled | Saving | Saved | Stopping | Interrupted | Finished
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a machine trains and writes, measured: times are medians of `steps` training steps (optimiser included) and of `tokens` written one by one."""
+
+    machine: str
+    attention: str
+    compiled: bool
+    parameters: int
+    tokens_per_step: int
+    step_seconds: float
+    train_tokens_per_second: float
+    train_flops_per_second: float
+    peak_flops_per_second: float
+    share_of_peak: float
+    write_tokens_per_second: float
+    ready_seconds: float  # to compile and to take a first step
+    steps: int
+    tokens: int
 
 
 class RunLog:
@@ -215,6 +237,9 @@ class Terminal:
         for name, value in rows.items():
             self.console.print(f"{name:8}", style="bold", end=" ")
             self.console.print(value)
+        for reason, choices in groupby(event.choices, lambda choice: choice.reason):
+            values = ", ".join(f"{choice.name} {choice.value:g}" if isinstance(choice.value, float) else f"{choice.name} {choice.value}" for choice in choices)
+            self.console.print(f"         {values}: {reason}", style="dim")
         self.console.print("Losses are in nats per token, and in brackets in bits per byte.\n")
         if self.console.is_terminal:
             self.progress.start()
@@ -290,6 +315,37 @@ def show_evaluation(loss: Loss, baselines: dict[str, float], judged: Verdict | N
     console.print(loss_table(loss, baselines, name))
     if judged:
         console.print(f"\n{printable(judged.sentence)}")
+
+
+def show_plan(plan: Plan) -> None:
+    """Print what a run would take."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    total, needed = sum(plan.parameters.values()), sum(plan.memory.values())
+    console.print(f"Parameters  {total / 1e6:,.2f} M: " + ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items()))
+    console.print(f"Memory      {needed / 1e9:,.2f} GB: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.memory.items()))
+    if needed > plan.device_memory:
+        console.print(f"            More than the {plan.device_memory / 1e9:.0f} GB that are there: lower --batch-size, or use more devices.")
+    tokens = plan.steps * plan.tokens_per_step
+    arithmetic = f"{plan.flops_per_token / 1e6:,.1f} MFLOP a token, {plan.flops_per_token * tokens:.3g} FLOP for {tokens:,} tokens"
+    console.print(f"Arithmetic  {arithmetic} in {plan.steps:,} steps")
+    peak = f"{SHARE:.0%} of the peak of {rounded(plan.peak_flops_per_second / 1e12)} TFLOP/s"
+    console.print(f"Time        {duration(plan.seconds)} on {plan.where}, evaluations aside: {rounded(plan.step_seconds)} s a step, at {peak}")
+    if plan.exchange_seconds:
+        console.print(f"            {rounded(plan.exchange_seconds)} s of each step to add up gradients, none of it hidden behind arithmetic")
+    for hint in plan.hints:
+        console.print(f"Hint        {hint}")
+
+
+def show_speed(speed: Speed) -> None:
+    """Print what was measured of a machine."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    how = f"{speed.attention} attention, {'compiled' if speed.compiled else 'not compiled'}"
+    console.print(f"Machine   {speed.machine}, {how}; a matrix product reaches {speed.peak_flops_per_second / 1e9:,.0f} GFLOP/s")
+    console.print(
+        f"Training  {speed.train_tokens_per_second:,.0f} tokens/s, {speed.train_flops_per_second / 1e9:,.0f} GFLOP/s, {speed.share_of_peak:.0%} of that; "
+        f"{speed.step_seconds:.3g} s a step of {speed.tokens_per_step:,} tokens (median of {speed.steps}), ready in {speed.ready_seconds:.1f} s"
+    )
+    console.print(f"Writing   {speed.write_tokens_per_second:,.0f} tokens/s, one text (median of {speed.tokens})")
 
 
 def duration(seconds: float) -> str:

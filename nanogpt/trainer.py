@@ -28,7 +28,7 @@ from nanogpt.report import Evaluated, Event, Finished, Interrupted, Sampled, Sav
 
 SAVE_SECONDS = 300.0  # at most so long between two saves, also where evaluations are further apart
 LONGEST_WARMUP = 0.1  # of the run: a shorter run than the settings had in mind is not to end before its rate has risen
-ROOM = 1.25  # what a run by the clock keeps for its end, as a multiple of what that seems to take
+ROOM, LEAVING = 1.25, 0.5  # what a run by the clock keeps for its end: a multiple of what that seems to take, and seconds for a process to begin and end
 SAMPLE = SamplingConfig(max_tokens=200)
 EVALUATION_SHARE, EVALUATIONS_SHARE = 0.02, 0.1  # of the run's arithmetic may go into one evaluation, and into all,
 FEWEST_TOKENS = 8192  # except that fewer tokens tell nothing
@@ -42,7 +42,6 @@ class Position:
     seconds: float = 0.0
     nats: float = 0.0  # training loss since the last evaluation, as a sum
     tokens: int = 0  # and a count
-    budget: float | None = None  # seconds that a run of so many minutes has for training, once all else is taken off
     val_tokens: int | None = None  # that an evaluation during the run takes, None for all: always the same, or "best" would mean nothing
     history: list[Point] = field(default_factory=list)
 
@@ -78,6 +77,7 @@ class Trainer:
         self.machine, self.run, self.position, self.asked_to_stop, self.deadline = place, run, position, asked_to_stop, deadline
         self.nats = machine.compiled(place, model, model.nats) if place.compile else model.nats
         self.step_seconds = 0.0
+        self.budget = math.inf  # seconds for training, of a run by the clock, once all else is taken off
         self.saved_at = time.monotonic()
 
     def events(self) -> Iterator[Event]:
@@ -109,23 +109,21 @@ class Trainer:
 
     def get_ready(self) -> None:
         """Compile, and see how long a step and an evaluation take, as far as the run needs to know; nothing of it changes the weights."""
-        timed = self.settings.steps is None and self.position.budget is None
+        timed = self.settings.steps is None
         self.upcoming = self.batch(self.position.step)
         if self.machine.compile:
             self.compile()
         if timed:
-            begin = time.perf_counter()
-            self.try_step()
-            self.step_seconds = time.perf_counter() - begin
-            self.position.budget = max(0.0, self.deadline - time.monotonic())
+            self.step_seconds = self.try_step()
+            self.budget = self.position.seconds + self.deadline - time.monotonic()
         if self.position.step == 0:
             self.position.val_tokens = self.limit()
         if timed:
-            self.position.budget = max(0.0, self.deadline - time.monotonic() - self.finishing_seconds())
+            self.budget = self.position.seconds + self.deadline - time.monotonic() - self.finishing_seconds()
         self.began = time.monotonic() - self.position.seconds
 
     def compile(self) -> None:
-        """Run a first step, which compiles; without success go on without the compiler, and say so."""
+        """Run a first step, which compiles, and once on each machine see what that gains; without success go on without the compiler, and say so."""
         begin = time.perf_counter()
         try:
             self.try_step()
@@ -133,21 +131,28 @@ class Trainer:
             if "out of memory" in str(error):
                 raise
             why = str(error).strip().partition("\n")[0][:200]
-            warnings.warn(f"torch.compile failed, so this run goes on without it, at about half the speed ({why}).", Notice, stacklevel=2)
-            self.nats = self.model.nats
-            torch.compiler.set_stance("force_eager")
+            warnings.warn(f"torch.compile failed, so this run goes on without it, more slowly ({why}).", Notice, stacklevel=2)
+            self.nats = machine.uncompiled(self.model.nats)
             return
-        seconds = time.perf_counter() - begin
-        marker = machine.compiled_before(self.machine, (self.model.config, self.settings.batch_size))
+        marker = machine.compiled_before(self.machine, self.model.config, self.settings.batch_size)
         marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.write_text(f"{seconds:.1f} s\n")
+        marker.write_text(f"{time.perf_counter() - begin:.1f} s\n")
+        gain = machine.gain_of(self.machine, self.model.config)
+        if machine.known(gain, self.machine.device) is None:
+            compiled = min(self.try_step() for _ in range(2))
+            with machine.eager():
+                machine.remember(gain, self.machine.device, min(self.try_step() for _ in range(2)) / compiled)
 
-    def try_step(self) -> None:
-        """Forward and backward, without moving the weights."""
+    def try_step(self) -> float:
+        """Forward and backward, without moving the weights; the seconds that takes."""
+        begin = time.perf_counter()
         x, y, keys = self.upcoming
         with self.machine.autocast():
-            self.nats(x, y, keys).backward()
+            nats = self.nats(x, y, keys)
+        nats.backward()
+        nats.item()  # a GPU has done it only then
         self.model.zero_grad(set_to_none=True)
+        return time.perf_counter() - begin
 
     def finishing_seconds(self) -> float:
         """How long the last evaluation, sample and save will take, with some room, by trying a part of each."""
@@ -159,7 +164,7 @@ class Trainer:
         evaluating = (evaluated - begin) * (len(self.text.val) + (self.position.val_tokens or 0)) / tried
         writing = (sampled - evaluated) * SAMPLE.max_tokens / 10
         saving = sum(p.nbytes for p in self.model.parameters()) / 50e6
-        return ROOM * (evaluating + writing + saving) + self.step_seconds
+        return ROOM * (evaluating + writing + saving) + LEAVING
 
     def elapsed(self) -> float:
         """Seconds of this run, all its parts together, since its first step."""
@@ -169,13 +174,13 @@ class Trainer:
         """What share of the run will be over with the next step: of its steps, or of its time."""
         if self.settings.steps is not None:
             return (self.position.step + 1) / self.settings.steps
-        return min(1.0, (self.elapsed() + self.step_seconds) / self.position.budget) if self.position.budget else 1.0
+        return min(1.0, (self.elapsed() + self.step_seconds) / self.budget) if self.budget > 0 else 1.0
 
     def over(self) -> bool:
         """Whether all steps are done, or the time is."""
         if self.settings.steps is not None:
             return self.position.step >= self.settings.steps
-        return self.elapsed() + 0.5 * self.step_seconds >= (self.position.budget or 0.0)
+        return self.elapsed() + self.step_seconds >= self.budget
 
     def done(self) -> bool:
         """Whether there is nothing more to train: at least one step was made, and the run is over or out of patience."""
@@ -183,7 +188,8 @@ class Trainer:
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """The batch of a step on its way to the device: x (B, T), y (B, T) and keys (B,)."""
-        x, y, keys = data.batch(self.text.train, self.settings.seed, step, range(self.settings.batch_size), self.model.config.context_length)
+        B = self.settings.batch_size
+        x, y, keys = data.batch(self.text.train, self.settings.seed, step, range(B), B, self.model.config.context_length)
         return self.machine.send(x), self.machine.send(y), self.machine.send(keys)
 
     def step(self) -> Stepped:
@@ -219,7 +225,7 @@ class Trainer:
         """How many steps the run will have made."""
         if self.settings.steps is not None:
             return self.settings.steps
-        left = (self.position.budget or 0.0) - self.position.seconds
+        left = self.budget - self.position.seconds
         return self.position.step + max(1.0, left / self.step_seconds if self.step_seconds else 1.0)
 
     def evaluate(self) -> Evaluated:

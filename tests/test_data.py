@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt.data import batch, open_tokens, random_bits, token_dtype
+from nanogpt.data import batch, open_tokens, random_bits, token_dtype, window_starts
 
 TOKENS = np.arange(1000, dtype=np.uint16)
 MASK = 2**64 - 1
@@ -17,17 +17,17 @@ seeds, steps = st.integers(0, 2**31 - 1), st.integers(0, 10**9)
 
 @given(seeds, steps, st.integers(1, 12), st.data())
 def test_rows_do_not_know_of_each_other(seed, step, rows, data):
-    whole = batch(TOKENS, seed, step, range(rows), 16)
+    whole = batch(TOKENS, seed, step, range(rows), rows, 16)
     cuts = sorted(data.draw(st.sets(st.integers(1, rows))) | {0, rows})
     order = data.draw(st.permutations(list(pairwise(cuts))))
     for first, behind in order:
-        for part, full in zip(batch(TOKENS, seed, step, range(first, behind), 16), whole, strict=True):
+        for part, full in zip(batch(TOKENS, seed, step, range(first, behind), rows, 16), whole, strict=True):
             assert torch.equal(part, full[first:behind])
 
 
 @given(seeds, steps, st.integers(1, 999))
 def test_targets_are_the_inputs_one_token_on(seed, step, context_length):
-    inputs, targets, keys = batch(TOKENS, seed, step, range(4), context_length)
+    inputs, targets, keys = batch(TOKENS, seed, step, range(4), 4, context_length)
     assert inputs.shape == targets.shape == (4, context_length)
     assert inputs.dtype == targets.dtype == torch.int64
     assert keys.shape == (4,)
@@ -39,20 +39,37 @@ def test_targets_are_the_inputs_one_token_on(seed, step, context_length):
 
 @given(seeds, steps)
 def test_seeds_steps_and_rows_differ(seed, step):
-    drawn = [random_bits(s, t, range(50)) for s, t in [(seed, step), (seed + 1, step), (seed, step + 1), (seed + 1, step + 1)]]
+    drawn = [random_bits(s, t, np.arange(50)) for s, t in [(seed, step), (seed + 1, step), (seed, step + 1), (seed + 1, step + 1)]]
     assert len(np.unique(np.concatenate(drawn))) == 200
 
 
+@given(seeds, st.integers(1, 40), st.integers(0, 1000), st.integers(0, 10**6), st.data())
+def test_a_pass_reads_everything_once_and_nothing_twice(seed, context_length, more, turn, data):
+    tokens = context_length + 1 + more
+    count = max(1, (more + 1) // context_length)
+    starts = window_starts(tokens, context_length, seed, np.arange(turn * count, (turn + 1) * count, dtype=np.uint64)).astype(int)
+    assert (np.diff(np.sort(starts)) == context_length).all()
+    assert starts.min() >= 0
+    assert starts.max() + context_length < tokens
+    assert tokens - 1 - count * context_length < 2 * context_length  # what a pass leaves out
+
+
 @pytest.mark.parametrize(("tokens", "context_length"), [(2, 1), (9, 8), (10, 8), (20, 3)])
-def test_every_window_is_reached_about_equally_often(tokens, context_length):
-    inputs, _, _ = batch(TOKENS[:tokens], 1, 0, range(2000), context_length)
-    starts = np.bincount(inputs[:, 0].numpy())
-    expected = 2000 / (tokens - context_length)
-    assert len(starts) == tokens - context_length
-    assert (abs(starts - expected) < 5 * np.sqrt(expected) + 1).all()
+def test_every_window_is_reached(tokens, context_length):
+    starts = window_starts(tokens, context_length, 1, np.arange(2000, dtype=np.uint64))
+    assert set(starts.tolist()) == set(range(tokens - context_length))
 
 
-@pytest.mark.parametrize("bits", [random_bits(7, 3, range(20_000)), np.concatenate([random_bits(7, step, range(1)) for step in range(20_000)])])
+def test_passes_differ_in_order_and_in_where_they_cut():
+    count = (1000 - 10) // 10
+    passes = window_starts(1000, 10, 1, np.arange(50 * count, dtype=np.uint64)).reshape(50, count)
+    assert len({int(one.min()) for one in passes}) >= 9
+    orders = np.array([np.argsort(one) for one in passes])
+    assert abs(np.corrcoef(orders) - np.eye(50)).max() < 0.5
+    assert abs(np.corrcoef(passes[:, :-1].ravel(), passes[:, 1:].ravel())[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("bits", [random_bits(7, 3, np.arange(20_000)), random_bits(7, np.arange(20_000), 0)])
 def test_bits_are_even_and_independent(bits):
     table = np.unpackbits(bits.view(np.uint8)).reshape(len(bits), 64).astype(float)
     assert abs(table.mean(axis=0) - 0.5).max() < 0.02
@@ -62,7 +79,7 @@ def test_bits_are_even_and_independent(bits):
 
 
 def test_the_key_of_dropout_says_nothing_of_the_place_in_the_text():
-    inputs, _, keys = batch(TOKENS, 1, 0, range(20_000), 16)
+    inputs, _, keys = batch(TOKENS, 1, 0, range(20_000), 20_000, 16)
     keys = keys.numpy()
     assert len(np.unique(keys)) > 19_990
     assert abs(np.corrcoef(inputs[:, 0], keys)[0, 1]) < 0.03
@@ -84,11 +101,11 @@ def test_the_reference_gives_the_published_numbers():
 @given(seeds, steps, st.integers(0, 10**9))
 def test_the_bits_are_those_of_splitmix64(seed, step, row):
     expected = [splitmix64(splitmix64(seed, step + 1), each + 1) for each in range(row, row + 3)]
-    assert random_bits(seed, step, range(row, row + 3)).tolist() == expected
+    assert random_bits(seed, step, np.arange(row, row + 3)).tolist() == expected
 
 
 def test_batches_stay_what_they_are_in_every_version():
-    inputs, _, keys = batch(TOKENS, 1337, 5, range(2), 4)
+    inputs, _, keys = batch(TOKENS, 1337, 5, range(2), 2, 4)
     assert (inputs[:, 0].tolist(), keys.tolist()) == ([462, 96], [223838582, 996114375])
 
 
@@ -107,5 +124,5 @@ def test_tokens_come_back_from_their_file(tmp_path, vocab_size, dtype):
     opened = open_tokens(tmp_path / "tokens.bin", vocab_size)
     assert opened.dtype == dtype
     assert opened.tolist() == tokens.tolist()
-    inputs, targets, _ = batch(opened, 0, 0, range(3), 4)
+    inputs, targets, _ = batch(opened, 0, 0, range(3), 3, 4)
     assert torch.equal(inputs[:, 1:], targets[:, :-1])

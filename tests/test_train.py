@@ -8,13 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY
 
 import nanogpt
-from nanogpt import checkpoint, evaluate, trainer
+from nanogpt import checkpoint, evaluate, library, machine, trainer
+from nanogpt.config import MachineConfig
 from nanogpt.errors import Notice, UserError
 from nanogpt.report import Evaluated, Finished, Sampled, Saved, Saving, Started, Stepped
 
@@ -70,14 +72,145 @@ def test_two_runs_of_one_seed_are_identical_and_of_two_are_not(story, tmp_path, 
     assert timeless(tmp_path / "other") != timeless(whole)
 
 
-def test_the_modern_architecture_resumes_exactly_too(story, tmp_path):
-    stop = stop_at(13, signal.SIGINT)
-    short = RUN | {"arch": "modern", "steps": 30, "eval_every": 10, "dropout": 0.3}
-    nanogpt.train(story, tmp_path / "whole", **short)
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("how", [{}, {"dtype": "bfloat16", "attention": "plain"}], ids=["float32", "bfloat16"])
+def test_every_kind_of_run_resumes_exactly(story, tmp_path, arch, optimizer, how):
+    short = RUN | {"arch": arch, "optimizer": optimizer, "steps": 30, "eval_every": 10, "dropout": 0.3, "cooldown": 0.5} | how
+    resumed_equals_whole(story, tmp_path, short)
+
+
+@pytest.mark.skipif(not machine.has_compiler(torch.device("cpu")), reason="there is no C++ compiler")
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+def test_a_compiled_run_resumes_exactly_and_learns_as_an_eager_one(story, tmp_path, arch):
+    short = RUN | {"arch": arch, "optimizer": "muon", "steps": 30, "eval_every": 10, "n_layer": 1}
+    compiled = resumed_equals_whole(story, tmp_path, short | {"compile": True})
+    eager = nanogpt.train(story, tmp_path / "eager", **short)
+    assert compiled.summary["val_loss"] == pytest.approx(eager.summary["val_loss"], rel=1e-3)
+    assert machine.known(machine.gain_of(machine.choose(MachineConfig(dtype="float32")), eager._model.config), torch.device("cpu")) > 0
+
+
+def resumed_equals_whole(story, tmp_path, settings):
+    whole = nanogpt.train(story, tmp_path / "whole", **settings)
     with pytest.raises(KeyboardInterrupt):
-        nanogpt.train(story, tmp_path / "run", on_event=stop, **short)
+        nanogpt.train(story, tmp_path / "run", on_event=stop_at(13, signal.SIGINT), **settings)
     nanogpt.train(out=tmp_path / "run", resume=True)
     same(tmp_path / "run", tmp_path / "whole")
+    return whole
+
+
+def test_a_compiler_that_fails_is_done_without(story, tmp_path, monkeypatch):
+    def compiled(place, model, nats):
+        calls = iter([RuntimeError("g++: error: no such thing\nand more")])
+
+        def fails_once(*inputs):
+            if error := next(calls, None):
+                raise error
+            raise AssertionError("it was tried again")
+
+        return fails_once
+
+    monkeypatch.setattr(machine, "compiled", compiled)
+    with pytest.warns(Notice, match=r"torch.compile failed.*more slowly \(g\+\+: error: no such thing\)"):
+        nanogpt.train(story, tmp_path / "run", **RUN | {"steps": 4, "compile": True})
+    nanogpt.train(story, tmp_path / "eager", **RUN | {"steps": 4})
+    assert timeless(tmp_path / "run") == timeless(tmp_path / "eager")
+
+
+class Clock:
+    """A clock for which every look takes ten milliseconds."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += 0.01
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    timing = SimpleNamespace(monotonic=clock, perf_counter=clock)
+    monkeypatch.setattr(trainer, "time", timing)
+    monkeypatch.setattr(library, "time", timing)
+    return clock
+
+
+def test_a_run_by_the_clock_ends_within_its_minutes_with_a_whole_schedule(story, tmp_path, clock):
+    events = []
+    settings = {name: value for name, value in RUN.items() if name != "steps"} | {"minutes": 0.5, "cooldown": 0.5, "eval_every": 100}
+    nanogpt.train(story, tmp_path / "run", on_event=events.append, **settings)
+    assert 25 < clock.now < 30
+    steps = [event for event in events if isinstance(event, Stepped)]
+    rates = [step.learning_rate for step in steps]
+    assert len(steps) > 100
+    assert steps[-1].progress == pytest.approx(1.0, abs=0.01)
+    assert rates[-1] < 0.03 * max(rates)
+    assert max(rates) == rates[len(rates) // 4] == settings["learning_rate"]
+    assert isinstance(events[-1], Finished)
+
+
+def test_a_run_by_the_clock_goes_on_where_it_stopped_for_the_rest_of_its_time(story, tmp_path, clock):
+    settings = {name: value for name, value in RUN.items() if name != "steps"} | {"minutes": 0.5, "eval_every": 100}
+    with pytest.raises(KeyboardInterrupt):
+        nanogpt.train(story, tmp_path / "run", on_event=stop_at(100, signal.SIGINT), **settings)
+    begin = clock.now
+    events = []
+    nanogpt.train(out=tmp_path / "run", resume=True, on_event=events.append)
+    assert clock.now < 30 + 2
+    steps = [event for event in events if isinstance(event, Stepped)]
+    assert steps[0].step == 101
+    assert 0.1 < steps[0].progress < steps[-1].progress
+    assert steps[-1].progress == pytest.approx(1.0, abs=0.02)
+    nanogpt.train(out=tmp_path / "run", resume=True, minutes=1.0, on_event=events.append)
+    assert 50 < clock.now < 62 + begin
+
+
+def test_the_recipe_fills_in_what_was_not_given(story, tmp_path, clock):
+    events = []
+    model = nanogpt.train(story, minutes=0.2, n_layer=1, n_embd=32, n_head=1, dtype="float32", compile=False, on_event=events.append)
+    started = events[0]
+    chosen = {choice.name: choice.value for choice in started.choices}
+    assert (started.config.model.n_layer, started.config.model.n_embd, started.config.model.arch) == (1, 32, "modern")
+    assert chosen.keys() >= {"optimizer", "batch_size", "learning_rate", "attention"}
+    assert not chosen.keys() & {"n_layer", "n_embd", "minutes", "dtype", "compile"}
+    assert started.config.training.optimizer == "muon"
+    assert model.summary["val_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "minutes", "steps"),
+    [
+        ({}, 5.0, None),
+        ({"steps": 7}, None, 7),
+        ({"minutes": 2.0}, 2.0, None),
+        ({"preset": "classic"}, None, 5000),
+        ({"preset": "classic", "minutes": 2.0}, 2.0, None),
+    ],
+)
+def test_what_ends_a_run(story, settings, minutes, steps):
+    """A run that is asked for nothing takes five minutes."""
+
+    class Enough(Exception):
+        pass
+
+    def look(event):
+        assert (event.config.training.minutes, event.config.training.steps) == (minutes, steps)
+        raise Enough
+
+    with pytest.raises(Enough):
+        nanogpt.train(story, on_event=look, n_embd=16, n_head=1, n_layer=1, context_length=16, dtype="float32", compile=False, attention="fused", **settings)
+
+
+def test_an_unknown_preset_is_refused(story):
+    with pytest.raises(UserError, match=r"no preset 'gpt9'.\n.*classic"):
+        nanogpt.train(story, preset="gpt9")
+
+
+def test_steps_and_minutes_together_are_refused(story):
+    with pytest.raises(UserError, match=r"steps = 5 and minutes = 2\.0: a run ends by one of the two"):
+        nanogpt.train(story, steps=5, minutes=2)
 
 
 @pytest.mark.parametrize("at", [1, 50, 60, 99])

@@ -1,0 +1,106 @@
+"""What is chosen by measuring: kept, said, and overridden by what was asked for."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from nanogpt import machine
+from nanogpt.config import MachineConfig, ModelConfig
+from nanogpt.files import cache_dir
+
+CPU = torch.device("cpu")
+SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=16)
+
+
+def figures(monkeypatch, **seconds):
+    """Let measurements be what the test says: FLOP/s and seconds by the beginning of their names."""
+
+    def once(what, device, measure):
+        return next(float(value) for name, value in seconds.items() if what.replace("torch.", "").replace(" ", "_").startswith(name))
+
+    monkeypatch.setattr(machine, "once", once)
+
+
+@pytest.mark.parametrize(("half", "chosen"), [(5e11, torch.bfloat16), (1.1e11, torch.float32), (1e10, torch.float32)])
+def test_bfloat16_only_where_it_is_clearly_faster(monkeypatch, half, chosen):
+    figures(monkeypatch, peak_bfloat16=half, peak_float32=1e11)
+    assert machine.choose(MachineConfig(device="cpu")).dtype == chosen
+    assert machine.choose(MachineConfig(device="cpu", dtype="float32")).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("plain", "fused", "chosen"), [(1, 2, "plain"), (1, 1.1, "fused"), (2, 1, "fused")])
+def test_attention_is_the_faster(place, monkeypatch, plain, fused, chosen):
+    monkeypatch.setattr(machine, "once", lambda what, device, measure: float(fused if "fused=True" in what else plain))
+    found, reasons = machine.for_training(place, MachineConfig(dtype="float32", compile=False), SHAPE, 4, 1.0)
+    assert found.attention == chosen
+    assert reasons.keys() == {"attention"}
+    assert "ms plain" in reasons["attention"]
+
+
+def test_what_was_asked_for_is_not_measured(place, monkeypatch):
+    monkeypatch.setattr(machine, "once", None)
+    asked = MachineConfig(dtype="float32", attention="plain", compile=True)
+    found, reasons = machine.for_training(place, asked, SHAPE, 4, 1.0)
+    assert (found.attention, found.compile, reasons) == ("plain", True, {})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "gain", "before", "pays"),
+    [(15, 1.3, False, False), (15, 2, True, True), (300, 1.3, False, True), (1e9, 1.01, False, True), (300, 1.0, True, False)],
+)
+def test_compiling_must_pay_within_the_run(place, monkeypatch, tmp_path, seconds, gain, before, pays):
+    monkeypatch.setattr(machine, "has_compiler", lambda device: True)
+    marker = tmp_path / "marker"
+    monkeypatch.setattr(machine, "compiled_before", lambda *_: marker)
+    if before:
+        marker.touch()
+    machine.remember(machine.gain_of(place, SHAPE), CPU, float(gain))
+    found, reasons = machine.for_training(place, MachineConfig(dtype="float32", attention="fused"), SHAPE, 4, seconds)
+    assert found.compile == pays
+    assert f"{gain:.1f} times as fast" in reasons["compile"]
+
+
+def test_without_a_compiler_it_says_so(place, monkeypatch):
+    monkeypatch.setattr(machine, "has_compiler", lambda device: False)
+    found, reasons = machine.for_training(place, MachineConfig(attention="fused"), SHAPE, 4, 1e9)
+    assert not found.compile
+    assert "no C++ compiler" in reasons["compile"]
+
+
+def test_on_windows_it_says_so(place, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    found, reasons = machine.for_training(place, MachineConfig(attention="fused"), SHAPE, 4, 1e9)
+    assert not found.compile
+    assert "Windows" in reasons["compile"]
+
+
+def test_a_compiler_that_is_not_there_is_noticed(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    getattr(get_cpp_compiler, "cache_clear", lambda: None)()
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    assert not machine.has_compiler(CPU)
+
+
+def test_figures_are_kept_and_a_damaged_file_is_measured_anew():
+    assert machine.once("a test", CPU, lambda: 1.5) == 1.5
+    assert machine.once("a test", CPU, lambda: 2.5) == 1.5
+    (cache_dir() / "machine.json").write_text("{")
+    assert machine.once("a test", CPU, lambda: 2.5) == 2.5
+    assert 2.5 in json.loads((cache_dir() / "machine.json").read_text()).values()
+    (cache_dir() / "machine.json").write_text("[]")
+    assert machine.known("a test", CPU) is None
+
+
+def test_the_choice_is_written_down_and_made_again(place):
+    settings = machine.Machine(CPU, torch.bfloat16, 2, "plain", True, True).settings()
+    assert settings == MachineConfig(device="cpu", dtype="bfloat16", threads=2, attention="plain", compile=True, deterministic=True)
+
+
+def test_memory_is_told():
+    assert machine.memory_of(CPU) > 1e8

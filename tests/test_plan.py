@@ -1,0 +1,106 @@
+"""The plan's formulas are those of the real network: its parameters, and what its backward pass keeps."""
+
+import pytest
+import torch
+
+from nanogpt import checkpoint, plan
+from nanogpt.config import ModelConfig, resolve
+from nanogpt.errors import UserError
+
+HERE = ("here", 1e12, 16e9)
+SHAPES = [
+    {"arch": "classic", "n_layer": 3, "n_head": 4, "n_embd": 32, "context_length": 24},
+    {"arch": "modern", "n_layer": 2, "n_head": 4, "n_embd": 48, "context_length": 24},
+    {"arch": "modern", "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64, "context_length": 16},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parameters_are_those_of_the_network(shape):
+    config = ModelConfig(**shape)
+    assert sum(plan.parameters(config, 65).values()) == sum(p.numel() for p in checkpoint.empty_model(config, 65, "meta").parameters())
+
+
+def test_gpt2_has_as_many_parameters_as_was_published():
+    config = ModelConfig(n_layer=12, n_head=12, n_embd=768, context_length=1024)
+    assert sum(plan.parameters(config, 50257).values()) == 124_439_808
+
+
+def test_flops_of_the_seeds_recipe_by_hand():
+    """6 for each of the 6 x 12 x 384^2 numbers in the matrices of the blocks and the 65 x 384 of the head, and 12 x 6 x 256 x 384 for attention."""
+    assert plan.flops_per_token(ModelConfig(), 65) == 6 * (6 * 12 * 384**2 + 65 * 384) + 12 * 6 * 256 * 384
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_memory_is_what_the_backward_pass_keeps(shape, half, fused, dropout):
+    config = resolve(shape | {"n_embd": 192, "context_length": 128, "dropout": dropout, "batch_size": 2, "steps": 1})
+    model = checkpoint.empty_model(config.model, 65, "cpu")
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.fuse_attention(fused)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # which also keeps its address from being used again
+        return tensor
+
+    ids = torch.zeros(2, 128, dtype=torch.int64)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = model.nats(ids, ids, torch.zeros(2, dtype=torch.int32))
+    assert loss.requires_grad
+    parts = plan.memory(config.model, config.training, 65, 2, half=half, fused=fused)
+    expected = parts["activations"] + parts["logits"] + parts["weights"] - 4 * sum(p.numel() for p in model.parameters())
+    assert sum(storage.nbytes() for storage in kept.values()) == pytest.approx(expected, rel=0.2)
+
+
+def test_time_is_arithmetic_over_speed():
+    made = plan.plan(resolve({"steps": 100}), 65, None, HERE)
+    assert made.step_seconds == pytest.approx(32 * 256 * made.flops_per_token / (plan.SHARE * 1e12))
+    assert made.seconds == pytest.approx(100 * made.step_seconds)
+
+
+def test_minutes_are_turned_into_steps():
+    made = plan.plan(resolve({"minutes": 2.0}), 65, None, HERE)
+    assert made.seconds == pytest.approx(120, abs=made.step_seconds)
+
+
+def test_many_gpus_share_the_rows_and_exchange_gradients():
+    one = plan.plan(resolve({"steps": 100, "batch_size": 64}), 65, None, HERE, "H100")
+    many = plan.plan(resolve({"steps": 100, "batch_size": 64}), 65, None, HERE, "h-100", 8, 2)
+    assert one.exchange_seconds == 0
+    assert many.devices == 16
+    assert many.exchange_seconds == pytest.approx(2 * 15 / 16 * 4 * sum(many.parameters.values()) / plan.NETWORK)
+    assert many.step_seconds == pytest.approx(one.step_seconds / 16 + many.exchange_seconds)
+    assert many.memory["activations"] == pytest.approx(one.memory["activations"] / 16)
+    assert many.memory["optimizer"] == one.memory["optimizer"]
+
+
+def test_muon_keeps_one_number_for_a_matrix_where_adamw_keeps_two():
+    adamw, muon = (plan.plan(resolve({"steps": 1, "optimizer": name}), 65, None, HERE) for name in ("adamw", "muon"))
+    assert adamw.memory["optimizer"] - muon.memory["optimizer"] == 4 * (adamw.parameters["attention"] + adamw.parameters["feed-forward"])
+
+
+@pytest.mark.parametrize(("tokens", "advice"), [(10**9, "as good as new text"), (4 * 10**6, "each reading teaches less"), (10**5, "more text")])
+def test_how_often_a_text_is_read_is_judged(tokens, advice):
+    assert advice in plan.plan(resolve({"steps": 5000}), 65, tokens, HERE).hints[-1]
+
+
+def test_an_unknown_gpu_is_answered_with_those_like_it():
+    with pytest.raises(UserError, match=r"no GPU 'H10'.* Did you mean h100"):
+        plan.plan(resolve({"steps": 1}), 65, None, HERE, "H10")
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(UserError, match=r"32 windows cannot be shared among 3 devices.\n.*--batch-size 33"):
+        plan.plan(resolve({"steps": 1}), 65, None, HERE, "h100", 3)
+
+
+@pytest.mark.parametrize(("number", "text"), [(0.000123456, "0.000123"), (1.5, "1.50"), (123.4, "123"), (98_765.0, "98,800"), (0.0, "0")])
+def test_numbers_keep_three_digits(number, text):
+    assert plan.rounded(number) == text
