@@ -21,23 +21,23 @@ TEXT = "python-docs"
 
 
 def bench(settings: dict[str, Any], seconds: float = 10.0, tokens: int = 200) -> Speed:
-    """Time training steps with these settings for some seconds, and `tokens` tokens of generation, as a long run would have them. Nothing is kept.
+    """Time training steps with these settings for some seconds, and `tokens` tokens of generation, as a long run would have them. The model is not kept.
 
     Errors: `UserError` for settings that are wrong, or too large for the memory.
     """
-    settled = resolve({"steps": 1_000_000} | settings)
+    settled = resolve(settings | {"steps": 1_000_000, "minutes": None})
     text = prepare([TEXT], settled.text)
     place = machine.choose(settled.machine)
     place, _ = machine.for_training(place, settled.machine, settled.model, settled.training.batch_size, 1e9)
     with machine.memory_for(f"a model of this shape: {settled.model}"):
         model, optimizer = build(settled, text.tokenizer.vocab_size, place)
     with tempfile.TemporaryDirectory(prefix="nanogpt-") as run, machine.memory_for(f"a step of {settled.training.batch_size} windows"):
-        trainer = Trainer(model, optimizer, text, settled.training, place, Path(run), Position(), lambda: False)
+        trainer = Trainer(model, optimizer, text, settled.training, place, Path(run), Position(), lambda: False, time.monotonic())
         begin = time.perf_counter()
         trainer.get_ready()
         ready = time.perf_counter() - begin
         times = _step_times(trainer, seconds)
-    prompt = text.val[: settled.model.context_length // 2].tolist()
+    prompt = text.val[: max(1, settled.model.context_length // 2)].tolist()
     with machine.eager():
         written = generate.tokens(model.eval(), prompt, SamplingConfig(max_tokens=tokens + 1), 1, place.for_single_rows())
         moments = [time.perf_counter() for _ in written]

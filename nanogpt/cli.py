@@ -178,18 +178,24 @@ def plan(
     as_json
         One JSON object instead of a table.
     """
-    from nanogpt import machine, report
+    from nanogpt import machine, recipe, report
     from nanogpt.plan import plan
 
-    if problem := next((f"{name} = {n}" for name, n in (("vocab_size", vocab_size), ("gpus_per_node", gpus_per_node), ("nodes", nodes)) if n < 1), None):
-        raise UserError(f"{problem} is out of range.", "It is 1 or more.")
-    settled = resolve(flatten(settings, explicit=True))
-    here = ("", 0.0, 0.0)  # which takes no measuring
+    counts = {"--vocab-size": vocab_size, "--text-bytes": 1 if text_bytes is None else text_bytes, "--gpus-per-node": gpus_per_node, "--nodes": nodes}
+    if wrong := [f"{name} {count}" for name, count in counts.items() if count < 1]:
+        raise UserError(f"{', '.join(wrong)}: it takes 1 or more.")
+    given = flatten(settings, explicit=True)
+    settled = resolve(given, complete=False)
+    here: tuple[str, float, float | None] = ("", 0.0, None)  # which takes no measuring
     if gpu is None:
         place = machine.choose(settled.machine)
         here = (str(place), machine.peak(place.device, place.dtype), machine.memory_of(place.device))
-        settled = settled.model_copy(update={"machine": place.settings()})
-    found = plan(settled, vocab_size, text_bytes, here, gpu, gpus_per_node, nodes)
+        if settled.training.minutes is not None:
+            chosen = recipe.choose(60 * settled.training.minutes, text_bytes or 10**6, vocab_size, place, given)
+            given |= {choice.name: choice.value for choice in chosen}
+        given |= place.settings().model_dump()
+    settled = resolve(given)
+    found = plan(settled.model, settled.training, settled.machine, vocab_size, text_bytes, here, gpu, gpus_per_node, nodes)
     print(json.dumps(found.asdict())) if as_json else report.show_plan(found)
 
 

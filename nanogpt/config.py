@@ -69,7 +69,7 @@ class TrainingConfig(Section):
     """Windows of text in one step."""
     steps: Annotated[int | None, Field(ge=1)] = 5000
     """Updates of the weights. [default: 5000, or as many as fit into the minutes]"""
-    minutes: Annotated[float | None, Field(gt=0)] = None
+    minutes: Annotated[float | None, Field(gt=0, le=525_600)] = None
     """Time for all of it: the recipe then chooses every setting that is not given. [default: 5, where nothing else ends the run]"""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon moves the matrices of the blocks, and AdamW the rest; it needs fewer steps."""
@@ -145,8 +145,10 @@ PRESETS: dict[str, dict[str, Any]] = {"classic": {}}  # whole recipes by name: t
 SECTION_OF = {name: section for section, field in Config.model_fields.items() for name in field.annotation.model_fields}  # type: ignore[union-attr]
 
 
-def resolve(settings: dict[str, Any]) -> Config:
+def resolve(settings: dict[str, Any], *, complete: bool = True) -> Config:
     """Make the whole configuration of the settings that were given by name; all others get their defaults.
+
+    Where the recipe is still to choose, they are not `complete`, and cannot contradict defaults that will not stay.
 
     Errors: `UserError` with every problem found: unknown names, wrong types, values out of range, contradictions.
     """
@@ -156,7 +158,7 @@ def resolve(settings: dict[str, Any]) -> Config:
             nested[SECTION_OF[name]][name] = value
     if settings.get("minutes") is not None:
         nested["training"].setdefault("steps", None)
-    return _checked(Config, nested, settings, SECTION_OF, _contradictions)
+    return _checked(Config, nested, settings, SECTION_OF, _contradictions if complete else lambda config: [])
 
 
 def resolve_sampling(settings: dict[str, Any]) -> SamplingConfig:

@@ -161,7 +161,7 @@ def verdict(history: Sequence[Point], baselines: dict[str, float], kept: float |
 
 
 def _undertrained(why: str, done: int, steps: int, minutes: float | None) -> Verdict:
-    more = f"--steps {steps}" if minutes is None else f"--minutes {minutes * steps / done:g}"
+    more = f"--steps {steps}" if minutes is None else f"--minutes {float(f'{minutes * steps / done:.2g}'):g}"
     return Verdict("undertrained", f"Undertrained: {why}. Train about {steps / done:.0f} times as long: --resume {more}.")
 
 

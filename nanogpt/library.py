@@ -4,7 +4,6 @@ In: paths and settings by name. Out: a `Model`, which streams text, evaluates an
 """
 
 import json
-import math
 import os
 import secrets
 import shlex
@@ -28,7 +27,7 @@ from nanogpt.corpus import expand, findable
 from nanogpt.errors import Notice, UserError
 from nanogpt.evaluate import Loss, Verdict, evaluate, ngram_losses
 from nanogpt.files import locked, require_space, sweep, write_text
-from nanogpt.plan import flops_per_token
+from nanogpt.plan import SHARE, flops_per_token
 from nanogpt.prepare import Prepared, open_prepared, prepare
 from nanogpt.recipe import Choice
 from nanogpt.report import Event, Interrupted, RunLog, Started, Stopping
@@ -36,8 +35,8 @@ from nanogpt.tokenizer import Tokenizer
 from nanogpt.trainer import Position, Trainer, build
 
 DEFAULT_MINUTES = 5.0
-USUAL_SHARE = 0.2  # of the peak that a step reaches, for a first guess
-MAY_CHANGE = {"steps", "minutes", "eval_every", "patience"} | MachineConfig.model_fields.keys()  # when a run goes on; all else would make it another run
+ENDS = ("steps", "minutes")  # the settings of which one ends a run
+MAY_CHANGE = {*ENDS, "eval_every", "patience"} | MachineConfig.model_fields.keys()  # when a run goes on; all else would make it another run
 
 
 @dataclass(frozen=True)
@@ -175,9 +174,6 @@ def train(
     """
     sources = [os.fspath(text)] if isinstance(text, str | os.PathLike) else [os.fspath(path) for path in text]
     begun = time.monotonic() if begun is None else begun
-    given = _given(settings, config, preset, resume)
-    if isinstance(given.get("val"), str | os.PathLike):
-        given["val"] = findable(os.fspath(given["val"]))
     if resume and out is None:
         raise UserError("There is no run to go on with.", "Name its folder: --out RUN, in Python out=RUN.")
     if resume and overwrite:
@@ -188,7 +184,8 @@ def train(
         resuming = resume and checkpoint.latest_step(run) is not None
         if resume and not resuming:
             warnings.warn(f"There is no saved state in {run}: starting afresh.", Notice, stacklevel=2)
-        settled, prepared, place, choices = _settle(run, sources, given, resuming)
+        given = _given(settings, config, preset, resuming)
+        settled, prepared, place, choices = _settle(run, sources, given, resuming, begun if preset is None else None)
         with machine.memory_for(f"a model of this shape: {settled.model}"):
             model, optimizer = build(settled, prepared.tokenizer.vocab_size, place)
         require_space(run, 8 * sum(p.nbytes for p in model.parameters()))  # model and state, each also while it is replaced
@@ -196,6 +193,9 @@ def train(
         checkpoint.require_run_folder(run, resume=resume, overwrite=overwrite)  # again: another process may have been here meanwhile
         if resuming:
             position = Position.from_json(checkpoint.load_state(run, model, optimizer))
+            used = (position.seconds + position.overhead) / 60
+            if given.get("minutes") is not None and given["minutes"] < used:
+                raise UserError(f"The run in {run} took {used:.2g} minutes already, more than --minutes {given['minutes']:g}.", "Give it more.")
         else:
             checkpoint.clear_run_folder(run)
             position = Position()
@@ -203,8 +203,7 @@ def train(
         write_text(run / "config.toml", to_toml(settled))
         write_text(run / "text.json", json.dumps(prepared.about, indent=1))
         asked = stack.enter_context(_stop_signals(on_event)) if out is not None else []
-        deadline = begun + 60 * (settled.training.minutes or math.inf) - position.seconds
-        trainer = Trainer(model, optimizer, prepared, settled.training, place, run, position, lambda: bool(asked), deadline)
+        trainer = Trainer(model, optimizer, prepared, settled.training, place, run, position, lambda: bool(asked), begun)
         log, event = RunLog(run), None
         for event in _events(trainer, settled, place, choices):
             log(event)
@@ -214,36 +213,47 @@ def train(
         return Model(checkpoint.load(run, place.device), place, run, prepared)
 
 
-def _given(settings: dict[str, Any], config: str | os.PathLike[str] | None, preset: str | None, resume: bool) -> dict[str, Any]:
+def _given(settings: dict[str, Any], config: str | os.PathLike[str] | None, preset: str | None, resuming: bool) -> dict[str, Any]:
     """The settings that somebody chose, by name: of the preset, over it those of the TOML file, over it the others. What ends the run is one of them."""
     if preset is not None and preset not in PRESETS:
         raise UserError(f"There is no preset {preset!r}.", f"The presets: {', '.join(PRESETS)}.")
     given = PRESETS.get(preset or "", {}) | (read_toml(Path(config)) if config else {})
-    if "steps" in settings or "minutes" in settings:  # one of them replaces both of the file's
-        given = {name: value for name, value in given.items() if name not in ("steps", "minutes")}
+    if _ends(settings):  # what ends the run here replaces what ends it in the file
+        given = {name: value for name, value in given.items() if name not in ENDS}
     given |= settings
-    if not (resume or preset or config or "steps" in given):
-        given.setdefault("minutes", DEFAULT_MINUTES)
+    if not (resuming or preset or config or _ends(given)):
+        given["minutes"] = DEFAULT_MINUTES
+    if isinstance(given.get("val"), str | os.PathLike):
+        given["val"] = findable(os.fspath(given["val"]))
     return given
 
 
-def _settle(run: Path, sources: Sequence[str], given: dict[str, Any], resuming: bool) -> tuple[Config, Prepared, machine.Machine, list[Choice]]:
-    """Everything that is decided before a model is built: settings, text and machine, and why."""
+def _ends(settings: dict[str, Any]) -> bool:
+    return any(settings.get(name) is not None for name in ENDS)
+
+
+def _settle(
+    run: Path, sources: Sequence[str], given: dict[str, Any], resuming: bool, begun: float | None
+) -> tuple[Config, Prepared, machine.Machine, list[Choice]]:
+    """Everything that is decided before a model is built: settings, text and machine, and why. With `begun` the recipe has a say in a new run by the clock."""
     if resuming:
         saved = read_toml(run / "config.toml")
+        if _ends(given):
+            saved = {name: value for name, value in saved.items() if name not in ENDS}
         _require_unchanged(saved, given)
-        if "steps" in given or "minutes" in given:
-            saved = {name: value for name, value in saved.items() if name not in ("steps", "minutes")}
         given = saved | given
-    settled = resolve(given)
+    recipe_follows = begun is not None and given.get("minutes") is not None and not resuming
+    settled = resolve(given, complete=not recipe_follows)
     steps = settled.training.steps
     if resuming and steps is not None and (checkpoint.latest_step(run) or 0) > steps:
         raise UserError(f"The run in {run} is at step {checkpoint.latest_step(run):,} already, past --steps {steps}.", "Give it more steps.")
     prepared = _text_of(run, settled, sources) if resuming else _new_text(sources, settled)
     place = machine.choose(settled.machine)
     choices: list[Choice] = []
-    if settled.training.minutes is not None and not resuming:
-        choices = recipe.choose(settled.training.minutes, len(prepared.train), prepared.tokenizer.vocab_size, place, given)
+    if begun is not None and recipe_follows:
+        left = 60 * given["minutes"] - (time.monotonic() - begun)
+        with machine.memory_for("a model of these settings"):
+            choices = recipe.choose(left, len(prepared.train), prepared.tokenizer.vocab_size, place, given)
         settled = resolve(given | {choice.name: choice.value for choice in choices})
     settled = _fit_context(settled, given, len(prepared.train))
     seconds = _expected_seconds(settled, prepared, place)
@@ -257,7 +267,7 @@ def _expected_seconds(settled: Config, prepared: Prepared, place: machine.Machin
     if settled.training.minutes is not None:
         return 60 * settled.training.minutes
     tokens = (settled.training.steps or 0) * settled.training.batch_size * settled.model.context_length
-    return tokens * flops_per_token(settled.model, prepared.tokenizer.vocab_size) / (USUAL_SHARE * machine.peak(place.device, place.dtype))
+    return tokens * flops_per_token(settled.model, prepared.tokenizer.vocab_size) / (SHARE * machine.peak(place.device, place.dtype))
 
 
 def new_seed() -> int:
@@ -294,7 +304,7 @@ def _text_of(run: Path, settled: Config, sources: Sequence[str] = ()) -> Prepare
 
 def _require_unchanged(saved: dict[str, Any], given: dict[str, Any]) -> None:
     """Errors: `UserError` with a table of what was asked to change and cannot in a run that goes on."""
-    before, asked = flatten(resolve(saved)), flatten(resolve(saved | given))
+    before, asked = flatten(resolve(saved, complete=False)), flatten(resolve(saved | given, complete=False))
     changed = [name for name in given if asked[name] != before[name] and name not in MAY_CHANGE]
     if changed:
         rows = [("setting", "saved", "asked"), *((name, str(before[name]), str(asked[name])) for name in changed)]

@@ -16,7 +16,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,8 +53,8 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype)
 
     def send(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device, or on its way there: a GPU goes on meanwhile."""
-        return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
+        """The tensor on the device, or on its way there where that is safe: a CUDA GPU goes on meanwhile."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
 
     def settings(self) -> MachineConfig:
         """The choice, to be written down and made again on resume."""
@@ -92,20 +92,20 @@ def choose(asked: MachineConfig) -> Machine:
         why = f" It was built {build}." if name == "cuda" else " It needs a Mac with an Apple GPU."
         raise UserError(
             f"--device {name} is not available to PyTorch {torch.__version__}.{why} It can use: {usable}.",
-            "Leave --device out, and the best available device is used.",
+            f"Use --device {next(name for name, yes in there.items() if yes)}.",
         )
     device = torch.device(name)
     if name == "cpu" and platform.libc_ver()[0] == "glibc":
         _keep_memory()
-    if asked.deterministic:
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+    if name == "cuda" and asked.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which older versions ask for
+    torch.use_deterministic_algorithms(asked.deterministic)
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
     name_of_dtype = asked.dtype if asked.dtype != "auto" else "bfloat16" if _bfloat16_pays(device) else "float32"
     dtype = getattr(torch, name_of_dtype)
-    if name == "cuda" and dtype == torch.bfloat16:
-        torch.set_float32_matmul_precision("high")  # the few products left in float32 may use TF32; asked for float32, they are exact
+    if name == "cuda":  # the few products left in float32 may use TF32; asked for float32, they are exact
+        torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")
     return Machine(device, dtype, torch.get_num_threads(), deterministic=asked.deterministic)
 
 
@@ -128,38 +128,68 @@ def _compiling_pays(place: Machine, model: ModelConfig, batch_size: int, seconds
     """Whether compiled steps win back what compiling takes, and why."""
     if place.device.type == "mps" or sys.platform == "win32":
         return False, "not tried on Windows and Apple's GPUs"
+    gain = known(f"compiled gain {_kind(place, model)}", place.device) or USUAL_GAIN
+    if gain < FASTER:
+        return False, "steps were no faster compiled when it was tried here"
+    gains = f"steps become about {gain:.1f} times as fast, for about"
+    if seconds <= WARM_SECONDS + seconds / gain:  # at once: looking for a compiler takes seconds itself
+        return False, f"{gains} {WARM_SECONDS:.0f} s or more, which the run is too short for"
     if not has_compiler(place.device):
         return False, "no C++ compiler was found; with one (g++ or clang++), long runs are faster" if place.device.type == "cpu" else "no Triton was found"
-    warm = compiled_before(place, model, batch_size).exists()
-    cost, gain = WARM_SECONDS if warm else COLD_SECONDS, known(gain_of(place, model), place.device) or USUAL_GAIN
+    cold = known(f"compiling {_kind(place, model)}", place.device) or COLD_SECONDS
+    cost = WARM_SECONDS if compiled_before(place, model, batch_size).exists() else cold
     pays = seconds > cost + seconds / gain
-    return pays, f"steps become about {gain:.1f} times as fast, for about {cost:.0f} s" + ("" if pays else ", which the run is too short for")
+    return pays, f"{gains} {cost:.0f} s" + ("" if pays else ", which the run is too short for")
 
 
-def gain_of(place: Machine, model: ModelConfig) -> str:
-    """The name of the figure that tells how many times as fast a step runs compiled."""
-    return f"compiled gain {model.arch} {place.dtype} {place.attention}"
+def note_compiling(place: Machine, model: ModelConfig, batch_size: int, seconds: float, gain: Callable[[], float]) -> None:
+    """Keep, for later choices, that a step of this shape was compiled, how long that took, and how many times as fast it became."""
+    marker = compiled_before(place, model, batch_size)
+    if not marker.exists():
+        remember(f"compiling {_kind(place, model)}", place.device, seconds)
+        with suppress(OSError):
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+    try:
+        once(f"compiled gain {_kind(place, model)}", place.device, gain)
+    except RuntimeError as error:  # a step that fits compiled need not fit otherwise
+        if not out_of_memory(error):
+            raise
+
+
+def note_failure(place: Machine, model: ModelConfig) -> None:
+    """Keep that such a model could not be compiled, so that it is not tried again of itself."""
+    remember(f"compiled gain {_kind(place, model)}", place.device, 1.0)
+
+
+def _kind(place: Machine, model: ModelConfig) -> str:
+    """Models that are alike to a compiler."""
+    return f"{model.arch} {model.n_embd} wide{' with dropout' * (model.dropout > 0)} {place.dtype} {place.attention}"
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, the most that a step could reach; measured once and kept."""
-    n = 8192 if device.type == "cuda" else 2048
 
     def measure() -> float:
-        x, w = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        return 2 * n**3 / _seconds(lambda: F.linear(x, w), device)
+        n, largest = 256, 8192 if device.type == "cuda" else 2048
+        while True:
+            x, w = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+            seconds = _seconds(lambda x=x, w=w: F.linear(x, w), device)  # type: ignore[misc]
+            if n == largest or 64 * seconds > 0.5:  # a slow machine shows what it can on smaller ones
+                return 2 * n**3 / seconds
+            n *= 2
 
     return once(f"peak {dtype}", device, measure)
 
 
-def memory_of(device: torch.device) -> float:
-    """Bytes of memory of the device; infinity where the system does not tell."""
+def memory_of(device: torch.device) -> float | None:
+    """Bytes of memory of the device; None where the system does not tell."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[1])
     try:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):
-        return math.inf
+        return None
 
 
 def has_compiler(device: torch.device) -> bool:
@@ -188,11 +218,11 @@ def compiled(place: Machine, model: nn.Module, nats: Callable[..., Tensor]) -> C
     for block in model.blocks:  # type: ignore[union-attr]
         block.compile(dynamic=False)
 
-    def first(*inputs: Tensor) -> Tensor:
+    def compiling(*inputs: Tensor) -> Tensor:
         with torch._functorch.config.patch(ban_recompute_used_far_apart=False, ban_recompute_long_fusible_chains=False):
             return nats(*inputs)
 
-    return first
+    return compiling
 
 
 def uncompiled(nats: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -215,16 +245,21 @@ def compiled_before(place: Machine, model: ModelConfig, batch_size: int) -> Path
 
 def eager() -> AbstractContextManager:
     """The context in which a compiled model runs as it was before: for other shapes than those of a training step, which would all be compiled."""
-    return torch.compiler.set_stance("force_eager")
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()  # which takes long to import
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether it is PyTorch's error that memory ran out, which has a class of its own on GPUs only."""
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
 @contextmanager
 def memory_for(what: str) -> Iterator[None]:
-    """Turn PyTorch's error that memory ran out, which has a class of its own on GPUs only, into a `UserError` that says what to lower."""
+    """Turn PyTorch's error that memory ran out into a `UserError` that says what to lower."""
     try:
         yield
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         raise UserError(f"There is not enough memory for {what}: {error}", "Lower --batch-size, --context-length, --n-embd or --n-layer.") from error
 
@@ -237,6 +272,8 @@ def _bfloat16_pays(device: torch.device) -> bool:
 
 def _faster_attention(place: Machine, model: ModelConfig) -> tuple[str, str]:
     """ "plain" or "fused", by timing both, forward and backward, on 4,096 tokens of the context at hand; and why."""
+    if model.arch == "classic" and model.dropout:
+        return "plain", "dropout acts on its probabilities"
     if place.device.type != "cpu":
         return "fused", "GPUs have a kernel for it"
     T, H, D = model.context_length, model.n_head, model.n_embd // model.n_head
@@ -266,11 +303,14 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
         times.append(time.perf_counter() - begin)
     return min(times[1:])
 
 
 def once(what: str, device: torch.device, measure: Callable[[], float]) -> float:
+    """A figure of this machine: as it was measured before, or measured now and kept."""
     figure = known(what, device)
     return figure if figure is not None else remember(what, device, measure())
 
@@ -282,8 +322,9 @@ def known(what: str, device: torch.device) -> float | None:
 
 
 def remember(what: str, device: torch.device, figure: float) -> float:
-    """Keep a figure that was measured, and give it back."""
-    write_text(_figures_file(), json.dumps(_figures() | {_key(what, device): figure}, indent=1))
+    """Keep a figure that was measured, if it can be kept, and give it back."""
+    with suppress(OSError, UserError):
+        write_text(_figures_file(), json.dumps(_figures() | {_key(what, device): figure}, indent=1))
     return figure
 
 

@@ -88,9 +88,13 @@ class Attention(nn.Module):
         self.dropout = 0.0 if self.modern else config.dropout
         self.fused = True
 
+    def is_fused(self, key: Tensor | None) -> bool:
+        """Whether one kernel does it all. Where probabilities are dropped it cannot: the kernels have their own random numbers."""
+        return self.fused and (key is None or not self.dropout)
+
     def forward(self, x: Tensor, turn: Tensor | None, mask: Tensor | None, key: Tensor | None, cache: KVCache | None) -> Tensor:
-        """x (B, T, C) -> (B, T, C). `turn` is that of `turns`, for modern; `mask` that of `causal_mask`; key (B,) for dropout; with a cache, the T tokens
-        also attend to what it holds."""
+        """x (B, T, C) -> (B, T, C). `turn` is that of `turns`, for modern; `mask` that of `causal_mask`, None where none is needed; key (B,) for dropout;
+        with a cache, the T tokens also attend to what it holds."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2K, T, D)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
@@ -100,11 +104,9 @@ class Attention(nn.Module):
             k, v = cache.extend(self.layer, k, v)  # (B, K, S, D)
         if self.n_kv_head < self.n_head:
             k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))  # (B, H, S, D)
-        S = k.shape[2]
-        if self.fused and (key is None or not self.dropout):
-            partial = None if mask is None or T == S else mask.to(q.dtype)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=partial, is_causal=T == S)
-        else:  # also where probabilities are dropped: the fused kernels have their own random numbers
+        if self.is_fused(key):
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), is_causal=mask is None and T > 1)
+        else:
             scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3)  # (B, H, T, S)
             seen = scores if mask is None else scores.float() + mask
             y = dropout(seen.softmax(dim=3).type_as(scores), self.dropout, key) @ v  # (B, H, T, D)
@@ -244,7 +246,8 @@ class GPT(nn.Module):
         start, T = cache.length if cache is not None else 0, idx.shape[1]
         assert start + T <= self.config.context_length, "more tokens than the context holds"
         positions = torch.arange(start, start + T, device=idx.device)
-        mask = causal_mask(T, start + T, idx.device) if T > 1 else None
+        needs_mask = T > 1 and (start > 0 or not all(part.is_fused(keys) for part in self.modules() if isinstance(part, Attention)))
+        mask = causal_mask(T, start + T, idx.device) if needs_mask else None
         on_embedding, *places = [None] * (len(self.blocks) + 1) if keys is None else dropout_keys(keys, len(self.blocks) + 1)  # of (3, B) each
         x, turn = self.wte(idx), None  # (B, T, C)
         if self.config.arch == "classic":

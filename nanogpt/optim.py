@@ -15,7 +15,7 @@ BETAS = (0.9, 0.99)  # a batch of a small run holds few tokens: average squared 
 FLOOR = 0.1  # what the cosine falls to, as a share of the highest learning rate (Hoffmann et al. 2022, appendix B)
 MOMENTUM = 0.95  # of Muon
 # The polynomials a X + b (X X') X + c (X X')^2 X of Polar Express (Amsel et al. 2025, algorithm 1 and appendix), which bring singular values
-# from 1e-3 and above to 1 in five steps. They are for exact arithmetic; the factors 1.02, 1.02^3 and 1.02^5 keep bfloat16 from diverging (section 3.4 there).
+# from 1e-3 and above to 1 in five steps. They are for exact arithmetic; a factor keeps bfloat16 from diverging (there it is 1.01, without the last).
 POLAR_EXPRESS = tuple(
     (a / 1.02, b / 1.02**3, c / 1.02**5)
     for a, b, c in (
@@ -31,8 +31,9 @@ POLAR_EXPRESS = tuple(
 class Optimizer:
     """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest; each with its highest learning rate."""
 
-    def __init__(self, model: nn.Module, settings: TrainingConfig, matrices_of_blocks: dict[str, list[int]]):
-        """`matrices_of_blocks` has the names of parameters that Muon may move, each with the row counts of the separate matrices stacked in it."""
+    def __init__(self, model: nn.Module, settings: TrainingConfig, matrices_of_blocks: dict[str, list[int]], dtype: torch.dtype = torch.bfloat16):
+        """`matrices_of_blocks` has the names of parameters that Muon may move, each with the row counts of the separate matrices stacked in it;
+        `dtype` is that of its products, of which bfloat16 is enough."""
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         decay, muon = settings.weight_decay, settings.optimizer == "muon"
         matrices = {p: matrices_of_blocks[name] for name, p in model.named_parameters() if muon and name in matrices_of_blocks}
@@ -44,7 +45,7 @@ class Optimizer:
         adamw = torch.optim.AdamW(groups, betas=BETAS, fused=True)  # Loshchilov and Hutter 2019
         self.moves: list[tuple[torch.optim.Optimizer, float]] = [(adamw, settings.learning_rate)]
         if matrices:
-            self.moves.append((Muon(matrices, decay), settings.matrix_learning_rate))
+            self.moves.append((Muon(matrices, decay, dtype), settings.matrix_learning_rate))
 
     def step(self, share: float) -> None:
         """Move the weights along their gradients, at `share` of the highest learning rates, and drop the gradients."""
@@ -73,9 +74,9 @@ class Muon(torch.optim.Optimizer):
     Matrices that lie stacked in one parameter are moved one by one, and those of one shape are computed together.
     """
 
-    def __init__(self, matrices: dict[nn.Parameter, list[int]], weight_decay: float):
+    def __init__(self, matrices: dict[nn.Parameter, list[int]], weight_decay: float, dtype: torch.dtype):
         super().__init__(list(matrices), {"lr": 0.0, "weight_decay": weight_decay})
-        self.rows = matrices
+        self.rows, self.dtype = matrices, dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -89,7 +90,7 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(p)
             momentum = state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
-            direction = p.grad.lerp(momentum, MOMENTUM).bfloat16()
+            direction = p.grad.lerp(momentum, MOMENTUM).to(self.dtype)
             for matrix, part in zip(p.split(self.rows[p]), direction.split(self.rows[p]), strict=True):
                 alike[matrix.shape].append((matrix, part))
         for shape, pairs in alike.items():
@@ -100,9 +101,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """(matrices, rows, columns) -> the nearest matrices whose singular values are all 1, to within some percent, in bfloat16: U V' of each U S V'."""
-    x = matrices.bfloat16()
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)  # singular values at most 1
+    """(matrices, rows, columns) -> the nearest matrices whose singular values are all 1, to within some percent: U V' of each U S V'."""
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)  # singular values at most 1
     tall = x.shape[-2] > x.shape[-1]
     for a, b, c in POLAR_EXPRESS:
         square = x.mT @ x if tall else x @ x.mT  # of the smaller side
@@ -117,9 +117,10 @@ def schedule(progress: float, warmup: float, cooldown: float) -> float:
     It rises linearly. With a cool-down it then stays, and falls linearly to zero (Zhai et al. 2022, section 3.5; Hägele et al. 2024, section 3);
     without, it falls along half a cosine (Loshchilov and Hutter 2017, section 3) to `FLOOR`.
     """
-    if progress < warmup:
-        return progress / warmup
+    rise = progress / warmup if progress < warmup else 1.0
     if cooldown > 0:
-        return min(1.0, max(0.0, 1.0 - progress) / cooldown)
+        return min(rise, max(0.0, 1.0 - progress) / cooldown)
+    if progress < warmup:
+        return rise
     falling = (progress - warmup) / (1.0 - warmup) if warmup < 1.0 else 1.0
     return FLOOR + (1.0 - FLOOR) * 0.5 * (1.0 + math.cos(math.pi * min(falling, 1.0)))

@@ -9,7 +9,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nanogpt.config import Config, ModelConfig, TrainingConfig
+from nanogpt.config import MachineConfig, ModelConfig, TrainingConfig
 from nanogpt.errors import UserError
 from nanogpt.model import swiglu_width
 
@@ -19,7 +19,7 @@ TOKENS_PER_PARAMETER = 20  # of the best model for its arithmetic (Hoffmann et a
 FRESH_EPOCHS, USEFUL_EPOCHS = (
     4,
     16,
-)  # rereading a text teaches as much as new text up to the first, and little past the second (Muennighoff et al. 2023, section 5)
+)  # rereading a text teaches as much as new text up to the first, and little past the second (Muennighoff et al. 2023, section 6)
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ GPUS = {
     "h100": Gpu(989e12, 80e9, 900e9),
     "h200": Gpu(989e12, 141e9, 900e9),
     "b200": Gpu(2250e12, 180e9, 1800e9),
-    "rtx3090": Gpu(71e12, 24e9, 64e9),
+    "rtx3090": Gpu(71e12, 24e9, 112.5e9),
     "rtx4090": Gpu(165e12, 24e9, 64e9),
     "rtx5090": Gpu(210e12, 32e9, 128e9),
-    "mi250x": Gpu(383e12, 128e9, 800e9),
+    "mi250x": Gpu(191.5e12, 64e9, 400e9),  # half of it: PyTorch sees two
     "mi300x": Gpu(1307e12, 192e9, 896e9),
 }
 
@@ -62,7 +62,7 @@ class Plan:
     where: str
     devices: int
     peak_flops_per_second: float
-    device_memory: float
+    device_memory: float | None
     step_seconds: float
     exchange_seconds: float  # of a step, to add up the gradients of all devices
     hints: list[str]
@@ -100,14 +100,18 @@ def parameters(model: ModelConfig, vocab_size: int) -> dict[str, int]:
     }
 
 
+def body_parameters(model: ModelConfig) -> int:
+    """Those of the blocks' matrices, which are what a larger model has more of."""
+    counts = parameters(model, 1)
+    biases = 0 if model.arch == "modern" else model.n_layer * 9 * model.n_embd
+    return counts["attention"] + counts["feed-forward"] - biases
+
+
 def flops_per_token(model: ModelConfig, vocab_size: int) -> float:
     """Floating-point operations to learn from a token: 6 for each parameter it is multiplied with, 2 forward and 4 backward, and 12 n_layer context n_embd
     for attention, counted as if it were not causal (Chowdhery et al. 2022, appendix B)."""
-    counts = parameters(model, vocab_size)
-    C, L = model.n_embd, model.n_layer
-    vectors = 0 if model.arch == "modern" else L * 9 * C  # biases are added, not multiplied
-    multiplied = counts["attention"] + counts["feed-forward"] - vectors + vocab_size * C
-    return 6 * multiplied + 12 * L * model.context_length * C
+    C = model.n_embd
+    return 6 * (body_parameters(model) + vocab_size * C) + 12 * model.n_layer * model.context_length * C
 
 
 def memory(model: ModelConfig, training: TrainingConfig, vocab_size: int, rows: int, *, half: bool, fused: bool) -> dict[str, float]:
@@ -118,7 +122,7 @@ def memory(model: ModelConfig, training: TrainingConfig, vocab_size: int, rows: 
     counts = parameters(model, vocab_size)
     total, C, L, T, V = sum(counts.values()), model.n_embd, model.n_layer, model.context_length, vocab_size
     b = 2 if half else 4  # bytes of a number that enters a product
-    matrices = counts["attention"] + counts["feed-forward"]
+    matrices = body_parameters(model)
     moments = 2 * total - (matrices if training.optimizer == "muon" else 0)
     tokens = rows * T
     stream = 4 * C  # the stream stays in float32
@@ -144,13 +148,14 @@ def memory(model: ModelConfig, training: TrainingConfig, vocab_size: int, rows: 
 
 
 def plan(
-    config: Config, vocab_size: int, text_tokens: int | None, here: tuple[str, float, float], gpu: str | None = None, gpus_per_node: int = 1, nodes: int = 1
-) -> Plan:
+    model: ModelConfig, training: TrainingConfig, how: MachineConfig, vocab_size: int, text_tokens: int | None,
+    here: tuple[str, float, float | None], gpu: str | None = None, gpus_per_node: int = 1, nodes: int = 1,
+) -> Plan:  # fmt: skip
     """Foresee a run on `nodes` machines with `gpus_per_node` of a GPU each, or without a `gpu` on what is `here`: a name, its FLOP/s, and its bytes of memory.
 
     Each device takes its share of a batch. Errors: `UserError` for a GPU that is not in the table, or more devices than rows in a batch.
     """
-    model, training, devices = config.model, config.training, nodes * gpus_per_node
+    devices = nodes * gpus_per_node
     if training.batch_size % devices:
         raise UserError(
             f"A batch of {training.batch_size} windows cannot be shared among {devices} devices.",
@@ -173,7 +178,7 @@ def plan(
     tokens = training.batch_size * model.context_length
     return Plan(
         parameters=parameters(model, vocab_size),
-        memory=memory(model, training, vocab_size, rows, half=config.machine.dtype != "float32", fused=config.machine.attention != "plain"),
+        memory=memory(model, training, vocab_size, rows, half=how.dtype != "float32", fused=how.attention != "plain"),
         tokens_per_step=tokens,
         steps=steps,
         flops_per_token=per_token,

@@ -2,10 +2,12 @@
 
 In: minutes, how much text of how many different tokens, a machine, and the settings that somebody gave. Out: the other settings.
 
-What is chosen follows from one figure, the arithmetic that fits into the time on this machine, and from how often the text is read meanwhile.
-The numbers below are fitted to short experiments, which `benchmarks/recipe.py` makes; its table is in benchmarks/recipe.md.
+The shape is the one with the lowest loss that a law of parameters and tokens foresees (Hoffmann et al. 2022, section 3.3), given how many steps of it this
+machine takes in the time. The law's constants and the other numbers here come from short experiments: `benchmarks/recipe.py` makes them, and its
+table is benchmarks/recipe.csv.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -13,31 +15,20 @@ from typing import Any
 import torch
 
 from nanogpt import checkpoint, machine
-from nanogpt.config import ModelConfig, TrainingConfig
+from nanogpt.config import ModelConfig, TrainingConfig, resolve
 from nanogpt.machine import Machine
 from nanogpt.optim import Optimizer
-from nanogpt.plan import flops_per_token, parameters
+from nanogpt.plan import body_parameters
 
 CONTEXT = 256
-SHAPES = (
-    (2, 64),
-    (3, 96),
-    (4, 128),
-    (4, 160),
-    (4, 192),
-    (5, 224),
-    (6, 256),
-    (6, 320),
-    (6, 384),
-    (8, 448),
-    (8, 512),
-    (10, 640),
-    (12, 768),
-    (16, 1024),
-    (24, 1024),
-)
-BEST_PARAMETERS, BEST_FLOPS, GROWTH = 0.8e6, 1e13, 0.5  # so many parameters are best for so much arithmetic, and grow with this power of it
-USED = 0.85  # of the time goes into steps; the rest into starting, evaluating and writing
+SHAPES = (  # layers and width
+    (2, 64), (3, 96), (4, 128), (4, 160), (4, 192), (5, 224), (6, 256), (6, 320), (6, 384), (8, 448), (8, 512), (10, 640), (12, 768), (16, 1024), (24, 1024),
+)  # fmt: skip
+A, a, B, b = 0.312, 0.2, 0.2229, 0.75  # of the law: loss = floor + A / (parameters / 1e6)^a + B / (tokens / 1e6)^b; fitted to benchmarks/recipe.csv
+REREADING = 15.4  # how soon text that was read before stops teaching (Muennighoff et al. 2023, section 4.3: R*_D)
+FINISHING = 4.0  # seconds of a run that go into the last evaluation, and into saving
+SAMPLE_TOKENS = 2048  # on which a shape is timed
+FEW_STEPS, MANY_STEPS = 600, 8000  # below, half the batch teaches more; above, twice the batch costs nothing
 
 
 @dataclass(frozen=True)
@@ -49,56 +40,78 @@ class Choice:
     reason: str
 
 
-def choose(minutes: float, tokens: int, vocab_size: int, place: Machine, given: dict[str, Any]) -> list[Choice]:
-    """The settings for a run of so many minutes on a text of so many training tokens; what is `given` stays, and what follows from it follows."""
+def choose(seconds: float, tokens: int, vocab_size: int, place: Machine, given: dict[str, Any]) -> list[Choice]:
+    """The settings for a run of so many seconds on a text of so many training tokens; what is `given` stays, and the others fit it.
+
+    Errors: `UserError` for settings that contradict each other.
+    """
     chosen: list[Choice] = []
 
-    def pick(name: str, value: Any, reason: str) -> Any:
-        if name in given:
-            return given[name]
-        chosen.append(Choice(name, value, reason))
-        return value
+    def pick(reason: str, **values: Any) -> None:
+        chosen.extend(Choice(name, value, reason) for name, value in values.items() if name not in given)
 
-    speed = training_speed(place)
-    flops = 60 * minutes * USED * speed
-    arch = pick("arch", "modern", "learns faster than classic")
-    optimizer = pick("optimizer", "muon", "needs about half the steps of adamw")
-    context = pick("context_length", min(CONTEXT, max(1, tokens // 4)), "the text is short" if tokens // 4 < CONTEXT else "some fifty words to look back on")
-
-    def shape_of(n_layer: int, n_embd: int) -> ModelConfig:
-        n_layer, n_embd = given.get("n_layer", n_layer), given.get("n_embd", n_embd)
-        heads = given.get("n_head") or heads_for(n_embd)
-        if "n_embd" not in given:
-            n_embd = max(1, round(n_embd / (2 * heads))) * 2 * heads
-        return ModelConfig(arch=arch, n_layer=n_layer, n_head=heads, n_embd=n_embd, context_length=context)
-
-    best = BEST_PARAMETERS * (flops / BEST_FLOPS) ** GROWTH
-    sizes = {shape_of(*shape): abs(body(shape_of(*shape), vocab_size) / best - 1) for shape in SHAPES}
-    model = min(sizes, key=lambda shape: sizes[shape])
-    per_token = flops_per_token(model, vocab_size)
-    why = f"{minutes:g} minutes at {speed / 1e9:,.0f} GFLOP/s are best spent on {best / 1e6:.2g} M parameters"
-    pick("n_layer", model.n_layer, why)
-    pick("n_embd", model.n_embd, why)
-    pick("n_head", model.n_head, f"{model.n_embd // model.n_head} channels each")
-    rows = pick("batch_size", 8, "small batches learn most from each token")
-    steps = max(1, int(flops / per_token / (rows * context)))
-    epochs = steps * rows * context / tokens
-    pick("dropout", 0.0, f"the text is read {epochs:.2g} times")
-    pick("weight_decay", 0.05, "")
-    pick("learning_rate", 3e-3 if optimizer == "muon" else 1e-3, "")
-    pick("matrix_learning_rate", 0.02, "")
-    pick("warmup_steps", 20, "")
-    pick("cooldown", 0.5, "")
-    pick("eval_every", max(1, steps // (5 if minutes <= 5 else 10)), f"about {steps:,} steps fit into the time")
+    stepping = max(0.3 * seconds, seconds - FINISHING)
+    base = {"arch": "modern", "context_length": min(CONTEXT, max(1, tokens // 4))} | given
+    rows = given.get("batch_size") or (32 if place.device.type == "cuda" else 8)
+    model, read = _best_shape(base, stepping, tokens, vocab_size, place)
+    steps = max(1.0, read / (rows * model.context_length))
+    if "batch_size" not in given:
+        while steps < FEW_STEPS and rows > 4:
+            rows, steps = rows // 2, steps * 2
+        while steps > MANY_STEPS:
+            rows, steps = rows * 2, steps / 2
+    epochs = steps * rows * model.context_length / tokens
+    count = f"{float(f'{steps:.2g}'):,.0f}"
+    pick("learns faster than classic", arch=base["arch"])
+    few = model.context_length < CONTEXT
+    pick("the text is short" if few else "some fifty words to look back on", context_length=model.context_length)
+    pick("has learned most after so long, of the shapes tried", n_layer=model.n_layer, n_embd=model.n_embd, n_head=model.n_head)
+    pick(f"about {count} steps fit into the time", batch_size=rows, eval_every=max(1, round(steps / (5 if seconds <= 300 else 10))))
+    pick(f"the text is read {epochs:.2g} times", dropout=dropout_for(epochs))
+    pick(f"suit a run of {count} steps", **learning(steps, given.get("optimizer", "muon")))
     return chosen
 
 
-def learning(steps: float) -> dict[str, Any]:
+def _best_shape(given: dict[str, Any], seconds: float, tokens: int, vocab_size: int, place: Machine) -> tuple[ModelConfig, float]:
+    """The shape with the lowest loss to be foreseen, and how many tokens it reads in the time; from small to large, until it gets worse."""
+    best: tuple[float, ModelConfig, float] | None = None
+    for n_layer, n_embd in SHAPES:
+        model = _fitted(given, n_layer, n_embd)
+        read = seconds / token_seconds(model, vocab_size, place)
+        loss = foreseen(body_parameters(model), read, tokens)
+        if best is not None and loss >= best[0]:
+            break
+        best = loss, model, read
+    assert best is not None
+    return best[1:]
+
+
+def _fitted(given: dict[str, Any], n_layer: int, n_embd: int) -> ModelConfig:
+    """A shape in which what was given stays, and the width can be shared among the heads."""
+    if "n_embd" not in given and "n_head" in given:
+        n_embd = max(1, round(n_embd / (2 * given["n_head"]))) * 2 * given["n_head"]
+    shape = {"n_layer": n_layer, "n_embd": n_embd} | {name: value for name, value in given.items() if name in ModelConfig.model_fields}
+    return resolve({"n_head": heads_for(shape["n_embd"], given.get("n_kv_head") or 1)} | shape | {"dropout": 0.0}).model
+
+
+def foreseen(parameters: float, read: float, tokens: float) -> float:
+    """The loss, less its floor, of a model that reads so many tokens of a text of `tokens`; reading again counts for less (Muennighoff et al. 2023, eq. 5)."""
+    again = max(0.0, read / tokens - 1)
+    worth = min(read, tokens) * (1 + REREADING * (1 - math.exp(-again / REREADING)))
+    return A / (parameters / 1e6) ** a + B / (worth / 1e6) ** b
+
+
+def dropout_for(epochs: float) -> float:
+    """Dropout for a text that is read so many times."""
+    return 0.0 if epochs < 4 else 0.1 if epochs < 10 else 0.2
+
+
+def learning(steps: float, optimizer: str = "muon") -> dict[str, Any]:
     """Settings of the optimiser for a run of so many steps: the fewer, the higher the rate."""
     rate = min(0.06, max(0.015, 0.025 * (800 / steps) ** 0.5))
     return {
-        "optimizer": "muon",
-        "learning_rate": round(rate / 5, 4),
+        "optimizer": optimizer,
+        "learning_rate": round(rate / 5 if optimizer == "muon" else rate / 20, 4),
         "matrix_learning_rate": round(rate, 3),
         "warmup_steps": 20,
         "cooldown": 0.7,
@@ -106,39 +119,34 @@ def learning(steps: float) -> dict[str, Any]:
     }
 
 
-def heads_for(n_embd: int) -> int:
-    """Heads of 64 channels, or 32 where there would be few, such that they share the width."""
-    per_head = 64 if n_embd >= 256 else 32
-    return next(heads for heads in range(max(1, n_embd // per_head), 0, -1) if (n_embd % heads == 0 and n_embd // heads % 2 == 0) or heads == 1)
+def heads_for(n_embd: int, n_kv_head: int = 1) -> int:
+    """Heads of 64 channels, or of 32 in a narrow model, such that they share the width, and the heads of keys and values serve equally many."""
+    most = max(n_kv_head, n_embd // (64 if n_embd >= 128 else 32))
+    fitting = (heads for heads in range(most, 0, -1) if n_embd % (2 * heads) == 0 and heads % n_kv_head == 0)
+    return next(fitting, n_kv_head)
 
 
-def body(model: ModelConfig, vocab_size: int) -> int:
-    """Parameters of the blocks."""
-    counts = parameters(model, vocab_size)
-    return counts["attention"] + counts["feed-forward"]
-
-
-def training_speed(place: Machine) -> float:
-    """FLOP/s of training steps on this machine, without a compiler, by a few of them; measured once and kept."""
-    small = place.device.type != "cuda"
-    model = ModelConfig(arch="modern", n_layer=4 if small else 12, n_head=4 if small else 12, n_embd=128 if small else 768, dropout=0.0)
-    rows, vocab_size = 8 if small else 32, 65
+def token_seconds(model: ModelConfig, vocab_size: int, place: Machine) -> float:
+    """What a token costs in training steps of this shape on this machine, without a compiler: by two of them, measured once and kept."""
+    model = model.model_copy(update={"context_length": min(model.context_length, SAMPLE_TOKENS)})
+    rows = max(1, (SAMPLE_TOKENS if place.device.type != "cuda" else 8 * SAMPLE_TOKENS) // model.context_length)
+    vocab_size = 2 ** math.ceil(math.log2(vocab_size))  # so that texts with about as many characters share a measurement
 
     def measure() -> float:
         network = checkpoint.empty_model(model, vocab_size, "cpu")
         network.init_weights(torch.Generator().manual_seed(0))
         network.to(place.device)
-        optimizer = Optimizer(network, TrainingConfig(optimizer="muon"), network.matrices())
-        x = torch.randint(vocab_size, (rows, model.context_length), device=place.device)
+        optimizer = Optimizer(network, TrainingConfig(optimizer="muon"), network.matrices(), place.dtype)
+        x = torch.zeros(rows, model.context_length, dtype=torch.int64, device=place.device)
         times = []
-        for _ in range(4):
+        for _ in range(3):
             begin = time.perf_counter()
             with place.autocast():
                 nats = network.nats(x, x)
             nats.backward()
             optimizer.step(0.0)
-            nats.item()
+            nats.item()  # a GPU has done it only then
             times.append(time.perf_counter() - begin)
-        return rows * model.context_length * flops_per_token(model, vocab_size) / min(times[1:])
+        return min(times[1:]) / x.numel()
 
-    return machine.once(f"training speed {place.dtype}", place.device, measure)
+    return machine.once(f"token {model} {vocab_size} {place.dtype}", place.device, measure)

@@ -263,7 +263,7 @@ class Terminal:
         """Say how fast it goes, and how long it will take."""
         speed = self.speed * self.flops_per_token
         self.console.print(
-            f"{event.tokens / self.speed:.2g} s a step: {self.speed:,.0f} tokens/s, {speed / 1e9:,.0f} GFLOP/s, {speed / self.peak:.0%} of "
+            f"{rounded(event.tokens / self.speed)} s a step: {self.speed:,.0f} tokens/s, {speed / 1e9:,.0f} GFLOP/s, {speed / self.peak:.0%} of "
             f"this machine's peak. About {duration(self.left())} to go.\n"
         )
 
@@ -323,7 +323,7 @@ def show_plan(plan: Plan) -> None:
     total, needed = sum(plan.parameters.values()), sum(plan.memory.values())
     console.print(f"Parameters  {total / 1e6:,.2f} M: " + ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items()))
     console.print(f"Memory      {needed / 1e9:,.2f} GB: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.memory.items()))
-    if needed > plan.device_memory:
+    if plan.device_memory is not None and needed > plan.device_memory:
         console.print(f"            More than the {plan.device_memory / 1e9:.0f} GB that are there: lower --batch-size, or use more devices.")
     tokens = plan.steps * plan.tokens_per_step
     arithmetic = f"{plan.flops_per_token / 1e6:,.1f} MFLOP a token, {plan.flops_per_token * tokens:.3g} FLOP for {tokens:,} tokens"

@@ -39,7 +39,9 @@ class Position:
     """How far a run has come: with the weights and the optimiser's state, all that it takes to go on."""
 
     step: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of training, evaluations included
+    overhead: float = 0.0  # and of getting ready, in each part of the run
+    expected_steps: float = 0.0  # that the run was taken to have when it began: all of them, or as many as seemed to fit into its time
     nats: float = 0.0  # training loss since the last evaluation, as a sum
     tokens: int = 0  # and a count
     val_tokens: int | None = None  # that an evaluation during the run takes, None for all: always the same, or "best" would mean nothing
@@ -62,7 +64,7 @@ def build(settled: Config, vocab_size: int, place: Machine) -> tuple[GPT, Optimi
     model.init_weights(torch.Generator().manual_seed(settled.training.seed))
     model.to(place.device)
     model.fuse_attention(place.attention == "fused")
-    return model, Optimizer(model, settled.training, model.matrices())
+    return model, Optimizer(model, settled.training, model.matrices(), place.dtype)
 
 
 class Trainer:
@@ -70,11 +72,11 @@ class Trainer:
 
     def __init__(
         self, model: GPT, optimizer: Optimizer, text: Prepared, settings: TrainingConfig,
-        place: Machine, run: Path, position: Position, asked_to_stop: Callable[[], bool], deadline: float = math.inf,
+        place: Machine, run: Path, position: Position, asked_to_stop: Callable[[], bool], begun: float,
     ):  # fmt: skip
-        """`deadline`, by `time.monotonic`, is when a new run of so many minutes has to be over."""
+        """`begun`, by `time.monotonic`, is when the minutes of a run by the clock, or of this part of it, began to count."""
         self.model, self.optimizer, self.text, self.settings = model, optimizer, text, settings
-        self.machine, self.run, self.position, self.asked_to_stop, self.deadline = place, run, position, asked_to_stop, deadline
+        self.machine, self.run, self.position, self.asked_to_stop, self.begun = place, run, position, asked_to_stop, begun
         self.nats = machine.compiled(place, model, model.nats) if place.compile else model.nats
         self.step_seconds = 0.0
         self.budget = math.inf  # seconds for training, of a run by the clock, once all else is taken off
@@ -88,7 +90,7 @@ class Trainer:
         settings, position = self.settings, self.position
         with memory_for(f"a step of {settings.batch_size} windows of {self.model.config.context_length} tokens"):
             self.get_ready()
-        done = self.done()
+        done = position.step > 0 and (self.over() or self.out_of_patience())
         while not done:
             with memory_for(f"a step of {settings.batch_size} windows of {self.model.config.context_length} tokens"):
                 stepped = self.step()
@@ -98,7 +100,7 @@ class Trainer:
             if due:
                 yield self.evaluate()
                 yield self.sample()
-            stop, done = self.asked_to_stop(), over or self.done()
+            stop, done = self.asked_to_stop(), over or self.out_of_patience()
             if due or stop or time.monotonic() - self.saved_at > SAVE_SECONDS:
                 yield Saving(position.step)
                 yield self.save()
@@ -109,39 +111,49 @@ class Trainer:
 
     def get_ready(self) -> None:
         """Compile, and see how long a step and an evaluation take, as far as the run needs to know; nothing of it changes the weights."""
-        timed = self.settings.steps is None
-        self.upcoming = self.batch(self.position.step)
+        position, minutes = self.position, self.settings.minutes
+        self.upcoming = self.batch(position.step)
         if self.machine.compile:
             self.compile()
-        if timed:
-            self.step_seconds = self.try_step()
-            self.budget = self.position.seconds + self.deadline - time.monotonic()
-        if self.position.step == 0:
-            self.position.val_tokens = self.limit()
-        if timed:
-            self.budget = self.position.seconds + self.deadline - time.monotonic() - self.finishing_seconds()
-        self.began = time.monotonic() - self.position.seconds
+        if minutes is not None:
+            self.step_seconds = min(self.try_step() for _ in range(2))
+            self.budget = 60 * minutes - position.overhead - (time.monotonic() - self.begun)
+        if position.step == 0:
+            position.expected_steps = self.settings.steps or max(1.0, self.budget / self.step_seconds)
+            position.val_tokens = self.limit()
+        if minutes is not None:
+            finishing = self.finishing_seconds()
+            position.overhead += time.monotonic() - self.begun
+            self.budget = 60 * minutes - position.overhead - finishing
+            if position.step == 0 and self.budget < self.step_seconds:
+                warnings.warn(
+                    f"Reading, measuring and compiling took {position.overhead:.0f} s, and the end will take {finishing:.0f} s: {minutes:g} minutes leave "
+                    f"nothing for training but one step. Use --minutes {(position.overhead + finishing) / 30:.2g} or more.", Notice, stacklevel=2
+                )  # fmt: skip
+        self.began = time.monotonic() - position.seconds
 
     def compile(self) -> None:
         """Run a first step, which compiles, and once on each machine see what that gains; without success go on without the compiler, and say so."""
+        model, rows = self.model.config, self.settings.batch_size
         begin = time.perf_counter()
         try:
             self.try_step()
         except Exception as error:  # whatever a compiler can come upon
-            if "out of memory" in str(error):
+            if machine.out_of_memory(error):
                 raise
             why = str(error).strip().partition("\n")[0][:200]
             warnings.warn(f"torch.compile failed, so this run goes on without it, more slowly ({why}).", Notice, stacklevel=2)
+            self.model.zero_grad(set_to_none=True)
             self.nats = machine.uncompiled(self.model.nats)
+            machine.note_failure(self.machine, model)
             return
-        marker = machine.compiled_before(self.machine, self.model.config, self.settings.batch_size)
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.write_text(f"{time.perf_counter() - begin:.1f} s\n")
-        gain = machine.gain_of(self.machine, self.model.config)
-        if machine.known(gain, self.machine.device) is None:
-            compiled = min(self.try_step() for _ in range(2))
-            with machine.eager():
-                machine.remember(gain, self.machine.device, min(self.try_step() for _ in range(2)) / compiled)
+        machine.note_compiling(self.machine, model, rows, time.perf_counter() - begin, self.gain)
+
+    def gain(self) -> float:
+        """How many times as fast a step has become by compiling."""
+        compiled = min(self.try_step() for _ in range(2))
+        with machine.eager():
+            return min(self.try_step() for _ in range(2)) / compiled
 
     def try_step(self) -> float:
         """Forward and backward, without moving the weights; the seconds that takes."""
@@ -170,21 +182,17 @@ class Trainer:
         """Seconds of this run, all its parts together, since its first step."""
         return time.monotonic() - self.began
 
-    def progress(self) -> float:
-        """What share of the run will be over with the next step: of its steps, or of its time."""
+    def progress(self, steps: float) -> float:
+        """What share of the run will be over after so many more steps: of its steps, or of its time."""
         if self.settings.steps is not None:
-            return (self.position.step + 1) / self.settings.steps
-        return min(1.0, (self.elapsed() + self.step_seconds) / self.budget) if self.budget > 0 else 1.0
+            return (self.position.step + steps) / self.settings.steps
+        return min(1.0, (self.elapsed() + steps * self.step_seconds) / self.budget) if self.budget > 0 else 1.0
 
     def over(self) -> bool:
-        """Whether all steps are done, or the time is."""
+        """Whether all steps are done, or there is no time for another."""
         if self.settings.steps is not None:
             return self.position.step >= self.settings.steps
         return self.elapsed() + self.step_seconds >= self.budget
-
-    def done(self) -> bool:
-        """Whether there is nothing more to train: at least one step was made, and the run is over or out of patience."""
-        return self.position.step > 0 and (self.over() or self.out_of_patience())
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """The batch of a step on its way to the device: x (B, T), y (B, T) and keys (B,)."""
@@ -197,12 +205,12 @@ class Trainer:
         begin = time.perf_counter()
         settings, position = self.settings, self.position
         x, y, keys = self.upcoming  # (B, T), (B, T), (B,)
-        progress = self.progress()
+        progress, middle = self.progress(1.0), self.progress(0.5)
         with self.machine.autocast():
             nats = self.nats(x, y, keys)
         (nats / y.numel()).backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip or math.inf)
-        share = schedule(progress, self.warmup(), settings.cooldown)
+        share = schedule(middle, self.warmup(), settings.cooldown)
         self.optimizer.step(share)
         self.upcoming = self.batch(position.step + 1)
         summed, norm = torch.stack([nats.detach(), grad_norm]).tolist()
@@ -219,14 +227,7 @@ class Trainer:
 
     def warmup(self) -> float:
         """The share of the run in which the learning rate rises."""
-        return min(self.settings.warmup_steps / self.expected_steps(), LONGEST_WARMUP)
-
-    def expected_steps(self) -> float:
-        """How many steps the run will have made."""
-        if self.settings.steps is not None:
-            return self.settings.steps
-        left = self.budget - self.position.seconds
-        return self.position.step + max(1.0, left / self.step_seconds if self.step_seconds else 1.0)
+        return min(self.settings.warmup_steps / (self.settings.steps or self.position.expected_steps), LONGEST_WARMUP)
 
     def evaluate(self) -> Evaluated:
         """Measure the validation loss; keep the model if it is the best so far."""
@@ -262,7 +263,7 @@ class Trainer:
     def finish(self) -> Finished:
         """Measure the best model, which is the one that stays, on the whole split, and write the result into its file."""
         kept = checkpoint.load(self.run, self.machine.device)
-        if self.position.val_tokens is None:  # then it was measured on all of it when it was kept
+        if self.position.val_tokens is None and "val_nats" in kept.summary:  # then it was measured on all of it when it was kept
             loss = Loss(kept.summary["val_nats"], kept.summary["val_tokens"], kept.summary["val_bytes"])
         else:
             loss = self.validation_loss(kept.model, None)
@@ -278,7 +279,8 @@ class Trainer:
         if loss is not None:
             summary |= {"val_loss": loss.val_loss, "bits_per_byte": loss.bits_per_byte}
             summary |= {"val_nats": loss.nats, "val_tokens": loss.tokens, "val_bytes": loss.bytes}
-            summary["verdict"] = verdict(self.position.history, about["baselines"], minutes=self.settings.minutes).asdict()
+            minutes = self.settings.minutes and self.settings.minutes * self.progress(0.0)
+            summary["verdict"] = verdict(self.position.history, about["baselines"], minutes=minutes).asdict()
         return summary
 
     def validation_loss(self, model: GPT, limit: int | None) -> Loss:
@@ -288,7 +290,7 @@ class Trainer:
 
     def limit(self) -> int | None:
         """How many validation tokens an evaluation during the run may take, None for all; an update costs three forward passes."""
-        settings, steps = self.settings, self.expected_steps()
+        settings, steps = self.settings, self.position.expected_steps
         share = min(EVALUATION_SHARE, EVALUATIONS_SHARE / math.ceil(steps / settings.eval_every))
         tokens = 3 * share * steps * settings.batch_size * self.model.config.context_length
         return max(int(tokens), FEWEST_TOKENS) if tokens < len(self.text.val) else None
@@ -300,8 +302,9 @@ class Trainer:
 
     def _not_a_number(self, loss: float, rate: float, grad_norm: float) -> UserError:
         saved = checkpoint.latest_step(self.run)
+        matrices = f" --matrix-learning-rate {self.settings.matrix_learning_rate / 10:.2g}" if self.settings.optimizer == "muon" else ""
         kept = f"The last good state, step {saved:,}, is in {self.run}" if saved else "Nothing had been saved yet"
         return UserError(
             f"The loss is no longer a number: {loss} in step {self.position.step + 1:,}, at learning rate {rate:.2g}, gradient norm {grad_norm:.3g}. {kept}.",
-            f"Train anew with a lower learning rate: --learning-rate {self.settings.learning_rate / 10:.2g} --out ANOTHER_FOLDER",
+            f"Train anew with a lower learning rate: --learning-rate {self.settings.learning_rate / 10:.2g}{matrices} --out ANOTHER_FOLDER",
         )

@@ -14,6 +14,12 @@ SURFACE = {
     "train": "--arch --attention --batch-size --compile --config --context-length --cooldown --deterministic --device --dropout --dtype --encoding "
     "--eval-every --grad-clip --learning-rate --matrix-learning-rate --minutes --n-embd --n-head --n-kv-head --n-layer --no-compile --optimizer --out "
     "--overwrite --patience --preset --resume --seed --steps --threads --tokenizer --val --val-bytes --warmup-steps --weight-decay",
+    "plan": "--arch --attention --batch-size --compile --context-length --cooldown --deterministic --device --dropout --dtype --encoding --eval-every "
+    "--gpu --gpus-per-node --grad-clip --json --learning-rate --matrix-learning-rate --minutes --n-embd --n-head --n-kv-head --n-layer --no-compile --nodes "
+    "--optimizer --patience --seed --steps --text-bytes --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay",
+    "bench": "--arch --attention --batch-size --compile --context-length --cooldown --deterministic --device --dropout --dtype --encoding --eval-every "
+    "--grad-clip --json --learning-rate --matrix-learning-rate --minutes --n-embd --n-head --n-kv-head --n-layer --no-compile --optimizer "
+    "--patience --seed --steps --threads --tokenizer --val --val-bytes --warmup-steps --weight-decay",
     "sample": "--device --dtype --encoding --json --max-tokens --min-p --n --prompt --prompt-file --seed --stop --strict --temperature --threads "
     "--top-k --top-p",
     "eval": "--context-length --device --dtype --encoding --json --threads",
@@ -219,3 +225,50 @@ def test_installed_command_reads_a_text_from_a_pipe_and_its_reader_may_leave(sto
     assert (tmp_path / "deaf" / "state" / "latest").read_text() == "4"
     assert b"Traceback" not in deaf.stderr
     assert b"Traceback" not in pipe.stderr
+
+
+def test_plan_says_what_a_run_takes(capsys):
+    assert run("plan", "--dtype", "float32", "--text-bytes", 1_000_000) == 0
+    out = capsys.readouterr().out
+    for expected in ("10.77 M: embedding", "GB: weights", "MFLOP a token", "s a step", "tokens for each parameter", "The text is read 41.0 times"):
+        assert expected in out
+    assert run("plan", "--gpu", "h100", "--nodes", 2, "--gpus-per-node", 8, "--json") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["devices"], made["total_parameters"]) == (16, 10_770_816)
+    assert made["exchange_seconds"] > 0
+
+
+def test_plan_by_the_clock_plans_what_train_would_do(capsys, monkeypatch):
+    monkeypatch.setattr("nanogpt.recipe.token_seconds", lambda *_: 1e-4)
+    assert run("plan", "--minutes", 1, "--dtype", "float32", "--json") == 0
+    assert "head" in json.loads(capsys.readouterr().out)["parameters"]  # which only modern has
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["plan", "--text-bytes", 0], "--text-bytes 0: it takes 1 or more"),
+        (["plan", "--nodes", -1, "--vocab-size", 0], "--vocab-size 0, --nodes -1: it takes 1 or more"),
+        (["plan", "--gpu", "abacus"], "no GPU 'abacus'"),
+        (["bench", "--n-embd", 100, "--n-head", 3], "cannot be shared among"),
+    ],
+)
+def test_mistakes_in_plans_are_answered(words, answer, capsys):
+    assert run(*words) == 2
+    assert answer in capsys.readouterr().err
+
+
+def test_bench_measures_training_and_writing(capsys, monkeypatch):
+    from nanogpt import bench
+
+    monkeypatch.setattr(bench.bench, "__defaults__", (0.0, 3))  # no seconds, three tokens
+    tiny = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items() if name != "compile"]
+    assert run("bench", *tiny, "--no-compile", "--json") == 0
+    speed = json.loads(capsys.readouterr().out)
+    assert speed["train_tokens_per_second"] == pytest.approx(64 / speed["step_seconds"])
+    assert speed["share_of_peak"] == pytest.approx(speed["train_flops_per_second"] / speed["peak_flops_per_second"])
+    assert (speed["steps"], speed["tokens"], speed["compiled"]) == (3, 3, False)
+    assert run("bench", *tiny, "--no-compile") == 0
+    out = capsys.readouterr().out
+    assert "tokens/s" in out
+    assert "Writing" in out

@@ -11,7 +11,7 @@ from nanogpt.config import MachineConfig, ModelConfig
 from nanogpt.files import cache_dir
 
 CPU = torch.device("cpu")
-SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=16)
+SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=16, dropout=0.0)
 
 
 def figures(monkeypatch, **seconds):
@@ -46,32 +46,59 @@ def test_what_was_asked_for_is_not_measured(place, monkeypatch):
     assert (found.attention, found.compile, reasons) == ("plain", True, {})
 
 
+ASKED = MachineConfig(dtype="float32", attention="fused")
+
+
+@pytest.fixture
+def linux(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+
+
+@pytest.mark.usefixtures("linux")
 @pytest.mark.parametrize(
     ("seconds", "gain", "before", "pays"),
-    [(15, 1.3, False, False), (15, 2, True, True), (300, 1.3, False, True), (1e9, 1.01, False, True), (300, 1.0, True, False)],
+    [(15, 1.3, False, False), (15, 2, True, True), (60, 1.3, False, False), (300, 1.3, False, True), (1e9, 1.3, False, True)],
 )
 def test_compiling_must_pay_within_the_run(place, monkeypatch, tmp_path, seconds, gain, before, pays):
     monkeypatch.setattr(machine, "has_compiler", lambda device: True)
-    marker = tmp_path / "marker"
-    monkeypatch.setattr(machine, "compiled_before", lambda *_: marker)
-    if before:
-        marker.touch()
-    machine.remember(machine.gain_of(place, SHAPE), CPU, float(gain))
-    found, reasons = machine.for_training(place, MachineConfig(dtype="float32", attention="fused"), SHAPE, 4, seconds)
+    monkeypatch.setattr(machine, "compiled_before", lambda *_: tmp_path / "compiler" / "marker")
+    machine.note_compiling(place, SHAPE, 4, 25.0, lambda: float(gain))
+    if not before:
+        (tmp_path / "compiler" / "marker").unlink()
+    found, reasons = machine.for_training(place, ASKED, SHAPE, 4, seconds)
     assert found.compile == pays
     assert f"{gain:.1f} times as fast" in reasons["compile"]
 
 
+@pytest.mark.usefixtures("linux")
+def test_what_did_not_help_or_did_not_work_is_not_tried_again(place, monkeypatch):
+    monkeypatch.setattr(machine, "has_compiler", lambda device: True)
+    machine.note_failure(place, SHAPE)
+    found, reasons = machine.for_training(place, ASKED, SHAPE, 4, 1e9)
+    assert not found.compile
+    assert "no faster" in reasons["compile"]
+    assert machine.for_training(place, ASKED, SHAPE.model_copy(update={"n_embd": 32}), 4, 1e9)[0].compile
+
+
+@pytest.mark.usefixtures("linux")
+def test_a_step_that_only_fits_compiled_still_trains(place):
+    def gain():
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    machine.note_compiling(place, SHAPE, 4, 25.0, gain)
+
+
+@pytest.mark.usefixtures("linux")
 def test_without_a_compiler_it_says_so(place, monkeypatch):
     monkeypatch.setattr(machine, "has_compiler", lambda device: False)
-    found, reasons = machine.for_training(place, MachineConfig(attention="fused"), SHAPE, 4, 1e9)
+    found, reasons = machine.for_training(place, ASKED, SHAPE, 4, 1e9)
     assert not found.compile
     assert "no C++ compiler" in reasons["compile"]
 
 
 def test_on_windows_it_says_so(place, monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
-    found, reasons = machine.for_training(place, MachineConfig(attention="fused"), SHAPE, 4, 1e9)
+    found, reasons = machine.for_training(place, ASKED, SHAPE, 4, 1e9)
     assert not found.compile
     assert "Windows" in reasons["compile"]
 
@@ -95,6 +122,19 @@ def test_figures_are_kept_and_a_damaged_file_is_measured_anew():
     assert 2.5 in json.loads((cache_dir() / "machine.json").read_text()).values()
     (cache_dir() / "machine.json").write_text("[]")
     assert machine.known("a test", CPU) is None
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert machine.once("a test", CPU, lambda: 1.5) == 1.5
+
+
+def test_one_run_does_not_make_the_next_deterministic():
+    machine.choose(MachineConfig(device="cpu", dtype="float32", deterministic=True))
+    assert torch.are_deterministic_algorithms_enabled()
+    machine.choose(MachineConfig(device="cpu", dtype="float32"))
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_the_choice_is_written_down_and_made_again(place):

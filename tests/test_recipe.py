@@ -1,6 +1,9 @@
 """The recipe: more time buys a bigger model, what was given stays, and whatever it chooses is a valid configuration."""
 
+import csv
 import itertools
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanogpt import machine, recipe
-from nanogpt.config import resolve
-from nanogpt.plan import parameters
+from nanogpt.config import ModelConfig, resolve
+from nanogpt.plan import flops_per_token, parameters
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture
@@ -17,10 +22,14 @@ def speed(monkeypatch):
     """A machine as fast as the test says."""
 
     def set_to(flops):
-        monkeypatch.setattr(recipe, "training_speed", lambda place: flops)
+        monkeypatch.setattr(recipe, "token_seconds", tokens_at(flops))
 
     set_to(1e11)
     return set_to
+
+
+def tokens_at(flops):
+    return lambda model, vocab_size, place: flops_per_token(model, vocab_size) / flops
 
 
 def config(choices, given=()):
@@ -32,22 +41,22 @@ def size(choices, vocab_size=65):
 
 
 def test_more_time_or_a_faster_machine_buys_a_bigger_model(place, speed):
-    sizes = [size(recipe.choose(minutes, 10**8, 65, place, {})) for minutes in (0.25, 1, 5, 30, 300)]
+    sizes = [size(recipe.choose(60 * minutes, 10**8, 65, place, {})) for minutes in (0.25, 1, 5, 30, 300)]
     assert sizes == sorted(sizes)
     assert sizes[-1] > 20 * sizes[0]
-    slow = size(recipe.choose(5, 10**8, 65, place, {}))
+    slow = size(recipe.choose(300, 10**8, 65, place, {}))
     speed(1e14)
-    assert size(recipe.choose(5, 10**8, 65, place, {})) > 5 * slow
+    assert size(recipe.choose(300, 10**8, 65, place, {})) > 5 * slow
 
 
 def test_a_small_text_gets_more_dropout(place, speed):
-    rates = [config(recipe.choose(30, tokens, 65, place, {})).model.dropout for tokens in (10**9, 10**6, 5 * 10**4)]
+    rates = [config(recipe.choose(1800, tokens, 65, place, {})).model.dropout for tokens in (10**9, 10**6, 5 * 10**4)]
     assert rates == sorted(rates)
     assert rates[0] == 0 < rates[-1]
 
 
 def test_every_choice_has_a_reason(place, speed):
-    choices = recipe.choose(5, 10**6, 65, place, {})
+    choices = recipe.choose(300, 10**6, 65, place, {})
     assert all(choice.reason for choice in choices)
     assert {choice.name for choice in choices} >= {"n_layer", "n_embd", "batch_size", "learning_rate", "dropout", "weight_decay"}
 
@@ -56,6 +65,7 @@ GIVEN = {
     "arch": st.sampled_from(["classic", "modern"]),
     "n_layer": st.integers(1, 30),
     "n_head": st.integers(1, 24),
+    "n_kv_head": st.integers(1, 4),
     "n_embd": st.integers(1, 300).map(lambda n: 2 * n),
     "context_length": st.integers(1, 2000),
     "batch_size": st.integers(1, 64),
@@ -65,15 +75,23 @@ GIVEN = {
 }
 
 
+def possible(given):
+    """Whether the settings can go together; the rest is for `resolve` to refuse."""
+    shared = given.get("n_kv_head", 1)
+    if {"n_head", "n_embd"} <= given.keys() or ("n_kv_head" in given and given.get("arch") == "classic"):
+        return False
+    return given.get("n_head", shared) % shared == 0 and given.get("n_embd", 2 * shared) % (2 * shared) == 0
+
+
 @given(
-    st.fixed_dictionaries({}, optional=GIVEN).filter(lambda chosen: not {"n_head", "n_embd"} <= chosen.keys()),
+    st.fixed_dictionaries({}, optional=GIVEN).filter(possible),
     st.floats(0.01, 1000), st.integers(2, 10**12), st.integers(2, 100_000), st.floats(1e8, 1e16),
 )  # fmt: skip
 def test_it_completes_any_settings_and_changes_none(given, minutes, tokens, vocab_size, flops):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "training_speed", lambda place: flops)
+        patch.setattr(recipe, "token_seconds", tokens_at(flops))
         given = {"minutes": minutes} | given
-        choices = recipe.choose(minutes, tokens, vocab_size, PLACE, given)
+        choices = recipe.choose(60 * minutes, tokens, vocab_size, PLACE, given)
     assert not {choice.name for choice in choices} & given.keys()
     settled = config(choices, given)
     settings = settled.model.model_dump() | settled.training.model_dump()
@@ -91,11 +109,22 @@ def test_heads_share_the_width(n_embd):
     assert n_embd // heads >= 32 or heads == 1 or n_embd % 32
 
 
-def test_speed_is_measured_once(place, monkeypatch):
-    first = recipe.training_speed(place)
+def test_a_shape_is_timed_once(place, monkeypatch):
+    model = ModelConfig(arch="modern", n_layer=1, n_head=1, n_embd=16, context_length=8)
+    first = recipe.token_seconds(model, 65, place)
     assert first > 0
     monkeypatch.setattr(recipe.checkpoint, "empty_model", None)  # it would be called to measure again
-    assert recipe.training_speed(place) == first
+    assert recipe.token_seconds(model, 70, place) == first
+
+
+def test_the_law_is_the_one_that_fits_the_table():
+    """The constants in recipe.py are those that benchmarks/recipe.py finds in its table."""
+    sys.path.insert(0, str(BENCHMARKS))
+    from recipe import fit
+
+    with (BENCHMARKS / "recipe.csv").open() as file:
+        law = fit(list(csv.DictReader(file)))
+    assert [law[name] for name in ("A", "a", "B", "b")] == pytest.approx([recipe.A, recipe.a, recipe.B, recipe.b], rel=0.01)
 
 
 def test_shapes_grow():
