@@ -68,9 +68,9 @@ class TrainingConfig(Section):
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Windows of text in one step."""
     steps: Annotated[int | None, Field(ge=1)] = 5000
-    """Updates of the weights. [default: 5000, or as many as fit into the minutes]"""
+    """Updates of the weights. [default: 5000, or as many as fit into the minutes; with both, whichever ends first]"""
     minutes: Annotated[float | None, Field(gt=0, le=525_600)] = None
-    """Time for all of it: the recipe then chooses every setting that is not given. [default: 5, where nothing else ends the run]"""
+    """Time for all of it; the recipe then chooses every setting that is not given. [default: 5, where nothing else ends the run]"""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon moves the matrices of the blocks, and AdamW the rest; it needs fewer steps."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
@@ -239,6 +239,6 @@ def _contradictions(config: Config) -> list[str]:
         found.append(f"n_embd = {model.n_embd} over n_head = {model.n_head} gives heads of an odd width, and modern turns channels in pairs.")
     if model.n_kv_head is not None and (model.arch == "classic" or model.n_head % model.n_kv_head):
         found.append(f"n_kv_head = {model.n_kv_head} goes with arch = 'modern' and must divide n_head = {model.n_head}.")
-    if (config.training.steps is None) == (config.training.minutes is None):
-        found.append(f"steps = {config.training.steps} and minutes = {config.training.minutes}: a run ends by one of the two.")
+    if config.training.steps is None and config.training.minutes is None:
+        found.append("Neither steps nor minutes: nothing would end the run.")
     return found

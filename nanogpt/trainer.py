@@ -28,7 +28,7 @@ from nanogpt.report import Evaluated, Event, Finished, Interrupted, Sampled, Sav
 
 SAVE_SECONDS = 300.0  # at most so long between two saves, also where evaluations are further apart
 LONGEST_WARMUP = 0.1  # of the run: a shorter run than the settings had in mind is not to end before its rate has risen
-ROOM, LEAVING = 1.25, 0.5  # what a run by the clock keeps for its end: a multiple of what that seems to take, and seconds for a process to begin and end
+ROOM, LEAVING = 1.4, 1.0  # what a run by the clock keeps for its end: a multiple of what that seems to take, and seconds for a process to begin and end
 SAMPLE = SamplingConfig(max_tokens=200)
 EVALUATION_SHARE, EVALUATIONS_SHARE = 0.02, 0.1  # of the run's arithmetic may go into one evaluation, and into all,
 FEWEST_TOKENS = 8192  # except that fewer tokens tell nothing
@@ -118,8 +118,9 @@ class Trainer:
         if minutes is not None:
             self.step_seconds = min(self.try_step() for _ in range(2))
             self.budget = 60 * minutes - position.overhead - (time.monotonic() - self.begun)
-        if position.step == 0:
-            position.expected_steps = self.settings.steps or max(1.0, self.budget / self.step_seconds)
+        if not position.expected_steps:
+            in_time = self.budget / self.step_seconds if minutes is not None else math.inf
+            position.expected_steps = max(1.0, min(self.settings.steps or math.inf, in_time))
             position.val_tokens = self.limit()
         if minutes is not None:
             finishing = self.finishing_seconds()
@@ -183,16 +184,14 @@ class Trainer:
         return time.monotonic() - self.began
 
     def progress(self, steps: float) -> float:
-        """What share of the run will be over after so many more steps: of its steps, or of its time."""
-        if self.settings.steps is not None:
-            return (self.position.step + steps) / self.settings.steps
-        return min(1.0, (self.elapsed() + steps * self.step_seconds) / self.budget) if self.budget > 0 else 1.0
+        """What share of the run will be over after so many more steps: of its steps or of its time, whichever is further."""
+        of_steps = (self.position.step + steps) / (self.settings.steps or math.inf)
+        of_time = (self.elapsed() + steps * self.step_seconds) / self.budget if self.budget > 0 else 1.0
+        return min(1.0, max(of_steps, of_time))
 
     def over(self) -> bool:
         """Whether all steps are done, or there is no time for another."""
-        if self.settings.steps is not None:
-            return self.position.step >= self.settings.steps
-        return self.elapsed() + self.step_seconds >= self.budget
+        return self.position.step >= (self.settings.steps or math.inf) or self.elapsed() + self.step_seconds >= self.budget
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """The batch of a step on its way to the device: x (B, T), y (B, T) and keys (B,)."""
@@ -227,7 +226,7 @@ class Trainer:
 
     def warmup(self) -> float:
         """The share of the run in which the learning rate rises."""
-        return min(self.settings.warmup_steps / (self.settings.steps or self.position.expected_steps), LONGEST_WARMUP)
+        return min(self.settings.warmup_steps / self.position.expected_steps, LONGEST_WARMUP)
 
     def evaluate(self) -> Evaluated:
         """Measure the validation loss; keep the model if it is the best so far."""

@@ -80,7 +80,7 @@ def test_muon_moves_each_matrix_of_the_blocks_by_itself_and_adamw_the_rest(make_
     assert set(rows) == {name for name, p in model.named_parameters() if name.startswith("blocks") and p.dim() == 2}
     if arch == "modern":
         assert rows["blocks.0.attn.qkv.weight"] == [16, 8, 8]
-    optimizer = Optimizer(model, settings, rows)
+    optimizer = Optimizer(model, settings, rows, torch.float32)
     before, gradients = copies(model), fill_gradients(model, 4)
     optimizer.step(0.5)
     for name, p in model.named_parameters():

@@ -49,10 +49,12 @@ def test_more_time_or_a_faster_machine_buys_a_bigger_model(place, speed):
     assert size(recipe.choose(300, 10**8, 65, place, {})) > 5 * slow
 
 
-def test_a_small_text_gets_more_dropout(place, speed):
-    rates = [config(recipe.choose(1800, tokens, 65, place, {})).model.dropout for tokens in (10**9, 10**6, 5 * 10**4)]
-    assert rates == sorted(rates)
-    assert rates[0] == 0 < rates[-1]
+def test_a_small_text_gets_dropout_and_is_not_read_too_often(place, speed):
+    large, small, tiny = (config([*recipe.choose(1800, tokens, 65, place, {})], {"minutes": 30.0}) for tokens in (10**9, 2 * 10**5, 5 * 10**4))
+    assert (large.model.dropout, large.training.steps) == (0, None)
+    assert small.model.dropout > 0
+    assert tiny.training.steps * tiny.training.batch_size * tiny.model.context_length <= (recipe.MOST_EPOCHS + 1) * 5 * 10**4
+    assert sum(parameters(tiny.model, 1).values()) < 20 * 5 * 10**4
 
 
 def test_every_choice_has_a_reason(place, speed):
