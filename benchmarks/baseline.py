@@ -2,7 +2,7 @@
 
 Plain float32 PyTorch as a good tutorial has it: `torch.nn` blocks of the seed's shape (6 layers, 6 heads, 384 wide, context 256, dropout 0.2), AdamW, batch
 32, and generation that reads the whole window again for every character. No compiler, no mixed precision, no cache, and the memory
-allocator as it comes. As a program it times its own training step and generation, and then nanogpt's step on the same recipe:
+allocator as it comes. As a program it times its own training step and generation (step.py times its step beside nanogpt's):
 
     python benchmarks/baseline.py [--text shakespeare] [--steps 5] [--threads N]
 """
@@ -18,9 +18,7 @@ import torch.nn.functional as F
 from cyclopts import App
 from torch import Tensor, nn
 
-import nanogpt
 from nanogpt.corpus import expand
-from nanogpt.report import Stepped
 
 app = App(help=__doc__)
 
@@ -119,21 +117,9 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def own_step(text: str, steps: int, threads: int | None) -> list[float]:
-    """How long each of nanogpt's steps takes on the seed's recipe, after two that do not count."""
-    times = []
-
-    def note(event: object) -> None:
-        if isinstance(event, Stepped):
-            times.append(event.tokens / event.tokens_per_second)
-
-    nanogpt.train(text, steps=steps + 2, eval_every=steps + 2, val_bytes=2000, device="cpu", threads=threads, on_event=note)
-    return times[2:]
-
-
 @app.default
 def main(*, text: str = "shakespeare", steps: int = 5, tokens: int = 64, threads: int | None = None) -> None:
-    """Time the textbook loop on the seed's recipe, and nanogpt beside it."""
+    """Time the textbook loop on the seed's recipe."""
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(1337)
@@ -146,8 +132,6 @@ def main(*, text: str = "shakespeare", steps: int = 5, tokens: int = 64, threads
     pace = seconds(lambda: model.generate(window, tokens), 3, warmup=1)
     print(f"textbook writes   {tokens / statistics.median(pace):,.1f} tokens/s with a full window")
     print(f"textbook memory   {peak_memory():,.0f} MiB at its peak")
-    own = own_step(text, steps, threads)  # last, because it tunes the allocator of the whole process
-    print(f"nanogpt step      {spread(own)}, {statistics.median(times) / statistics.median(own):.2f} times as fast")
 
 
 if __name__ == "__main__":

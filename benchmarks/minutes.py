@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 
 from cyclopts import App
@@ -30,6 +31,9 @@ def train(text: Path, minutes: float, seed: int, cache: Path, run: Path) -> dict
     subprocess.run(words, env=environment, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - begin
     words = [*nanogpt, "eval", str(run), "--context-length", "256", "--json"]
+    model = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["model"]
+    last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    print(f"{model['n_layer']}x{model['n_embd']}, {last['step']:,} steps in {last['seconds']:.0f} of {seconds:.1f} s", flush=True)
     found = json.loads(subprocess.run(words, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return {"seconds": seconds, "val_loss": found["val_loss"], "bits_per_byte": found["bits_per_byte"], **found["baselines"]}
 

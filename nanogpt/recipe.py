@@ -32,7 +32,7 @@ WORTH = 0.002  # nats that a larger model has to gain
 PARAMETERS_PER_TOKEN, MOST_EPOCHS, DROPOUT_EPOCHS, DROPOUT = 16, 10, 7, 0.1
 FINISHING = 4.0  # seconds of a run that go into the last evaluation, and into saving
 SAMPLE_TOKENS = 2048  # on which a shape is timed
-FEW_STEPS, MANY_STEPS = 250, 8000  # below, half the batch teaches more; above, twice the batch costs nothing
+FEW_STEPS, MANY_STEPS = 100, 8000  # below, half the batch teaches more; above, twice the batch costs nothing
 
 
 @dataclass(frozen=True)

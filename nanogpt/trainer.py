@@ -88,9 +88,11 @@ class Trainer:
         Errors: `UserError` when the loss is not a number, or memory or the disk is full; the last save stays.
         """
         settings, position = self.settings, self.position
-        with memory_for(f"a step of {settings.batch_size} windows of {self.model.config.context_length} tokens"):
-            self.get_ready()
-        done = position.step > 0 and (self.over() or self.out_of_patience())
+        done = position.step > 0 and (position.step >= (settings.steps or math.inf) or self.out_of_patience())
+        if not done:
+            with memory_for(f"a step of {settings.batch_size} windows of {self.model.config.context_length} tokens"):
+                self.get_ready()
+            done = position.step > 0 and self.over()
         while not done:
             with memory_for(f"a step of {settings.batch_size} windows of {self.model.config.context_length} tokens"):
                 stepped = self.step()
@@ -177,7 +179,8 @@ class Trainer:
         evaluating = (evaluated - begin) * (len(self.text.val) + (self.position.val_tokens or 0)) / tried
         writing = (sampled - evaluated) * SAMPLE.max_tokens / 10
         saving = sum(p.nbytes for p in self.model.parameters()) / 50e6
-        return ROOM * (evaluating + writing + saving) + LEAVING
+        leaving = LEAVING * (1 + self.machine.compile)  # the compiler's helpers have to end too
+        return ROOM * (evaluating + writing + saving) + leaving
 
     def elapsed(self) -> float:
         """Seconds of this run, all its parts together, since its first step."""
