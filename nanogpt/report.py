@@ -256,7 +256,7 @@ class Terminal:
             self.expect(event)
         if self.console.is_terminal:
             self.progress.update(self.task, total=1.0, completed=event.progress, description=self.describe(event.step, self.train_loss))
-        elif now - self.last_line > QUIET_SECONDS:
+        elif event.step > self.first + 5 and now - self.last_line > QUIET_SECONDS:
             self.line(event.step, self.train_loss)
 
     def expect(self, event: Stepped) -> None:
