@@ -27,7 +27,7 @@ from nanogpt.corpus import expand, findable
 from nanogpt.errors import Notice, UserError
 from nanogpt.evaluate import Loss, Verdict, evaluate, ngram_losses
 from nanogpt.files import locked, require_space, sweep, write_text
-from nanogpt.plan import SHARE, flops_per_token
+from nanogpt.plan import SHARE, flops_per_token, memory
 from nanogpt.prepare import Prepared, open_prepared, prepare
 from nanogpt.recipe import Choice
 from nanogpt.report import Event, Interrupted, RunLog, Started, Stopping
@@ -186,6 +186,7 @@ def train(
             warnings.warn(f"There is no saved state in {run}: starting afresh.", Notice, stacklevel=2)
         given = _given(settings, config, preset, resuming)
         settled, prepared, place, choices = _settle(run, sources, given, resuming, begun if preset is None else None)
+        _require_memory(settled, prepared.tokenizer.vocab_size, place)
         with machine.memory_for(f"a model of this shape: {settled.model}"):
             model, optimizer = build(settled, prepared.tokenizer.vocab_size, place)
         require_space(run, 8 * sum(p.nbytes for p in model.parameters()))  # model and state, each also while it is replaced
@@ -260,6 +261,19 @@ def _settle(
     place, reasons = machine.for_training(place, settled.machine, settled.model, settled.training.batch_size, seconds)
     choices += [Choice(name, getattr(place.settings(), name), reason) for name, reason in reasons.items()]
     return settled.model_copy(update={"machine": place.settings()}), prepared, place, choices
+
+
+def _require_memory(settled: Config, vocab_size: int, place: machine.Machine) -> None:
+    """Errors: `UserError` where a step would need far more memory than there is; a system may kill the process, and others, without a word."""
+    half = place.dtype != torch.float32
+    needed = sum(memory(settled.model, settled.training, vocab_size, settled.training.batch_size, half=half, fused=place.attention == "fused").values())
+    there = machine.memory_of(place.device)
+    if there is not None and needed > 1.2 * there:  # the estimate is good to a fifth
+        raise UserError(
+            f"There is not enough memory for a step of {settled.training.batch_size:,} windows of {settled.model.context_length} tokens with this model: it "
+            f"takes about {needed / 1e9:,.0f} GB, and {there / 1e9:,.0f} GB are there.",
+            "Lower --batch-size, --context-length, --n-embd or --n-layer; `nanogpt plan` tells what each would take.",
+        )
 
 
 def _expected_seconds(settled: Config, prepared: Prepared, place: machine.Machine) -> float:

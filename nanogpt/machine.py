@@ -171,13 +171,14 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, the most that a step could reach; measured once and kept."""
 
     def measure() -> float:
-        n, largest = 256, 8192 if device.type == "cuda" else 2048
-        while True:
+        fastest = 0.0
+        for n in (512, 1024, 2048) if device.type != "cuda" else (8192,):
             x, w = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
             seconds = _seconds(lambda x=x, w=w: F.linear(x, w), device)  # type: ignore[misc]
-            if n == largest or 64 * seconds > 0.5:  # a slow machine shows what it can on smaller ones
-                return 2 * n**3 / seconds
-            n *= 2
+            fastest = max(fastest, 2 * n**3 / seconds)
+            if seconds > 0.1:  # a slow machine shows what it can on smaller ones
+                break
+        return fastest
 
     return once(f"peak {dtype}", device, measure)
 

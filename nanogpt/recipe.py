@@ -75,7 +75,7 @@ def choose(seconds: float, tokens: int, vocab_size: int, place: Machine, given: 
     pick(f"for about {count} steps", batch_size=rows, eval_every=max(1, round(steps / evaluations)))
     pick(f"the text is read {epochs:.2g} times", dropout=DROPOUT if epochs >= DROPOUT_EPOCHS else 0.0)
     if read > most:
-        pick(f"fewer than the time allows: reading the text more than {MOST_EPOCHS} times would be learning it by heart", steps=math.ceil(steps))
+        pick(f"fewer than the time allows: the text would be read more than {MOST_EPOCHS} times", steps=math.ceil(steps))
     pick(f"suit a run of {count} steps", **learning(steps, given.get("optimizer", "muon")))
     return chosen
 

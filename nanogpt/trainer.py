@@ -128,10 +128,12 @@ class Trainer:
             finishing = self.finishing_seconds()
             position.overhead += time.monotonic() - self.begun
             self.budget = 60 * minutes - position.overhead - finishing
-            if position.step == 0 and self.budget < self.step_seconds:
+            if position.seconds + self.step_seconds >= self.budget:
+                training = "is left for training but one step" if position.step == 0 else "is left for training"
+                enough = (position.overhead + finishing + position.seconds) / 30
                 warnings.warn(
-                    f"Reading, measuring and compiling took {position.overhead:.0f} s, and the end will take {finishing:.0f} s: {minutes:g} minutes leave "
-                    f"nothing for training but one step. Use --minutes {(position.overhead + finishing) / 30:.2g} or more.", Notice, stacklevel=2
+                    f"Of {minutes:g} minutes, {position.overhead:.0f} s went into reading, measuring and compiling, and the end takes {finishing:.0f} s: "
+                    f"nothing {training}. Use --minutes {enough:.2g} or more.", Notice, stacklevel=2
                 )  # fmt: skip
         self.began = time.monotonic() - position.seconds
 
@@ -189,7 +191,7 @@ class Trainer:
     def progress(self, steps: float) -> float:
         """What share of the run will be over after so many more steps: of its steps or of its time, whichever is further."""
         of_steps = (self.position.step + steps) / (self.settings.steps or math.inf)
-        of_time = (self.elapsed() + steps * self.step_seconds) / self.budget if self.budget > 0 else 1.0
+        of_time = (self.elapsed() + steps * self.step_seconds) / self.budget if self.budget > 0 else self.position.step + steps
         return min(1.0, max(of_steps, of_time))
 
     def over(self) -> bool:

@@ -171,6 +171,7 @@ def test_a_run_is_named_after_its_text(story, tmp_path, monkeypatch):
         (["sample", "STORY"], "not a model file"),
         (["train", "https://example.org/book.txt"], "Download it first"),
         (["train", "STORY", "--out", "big", "--n-embd", "4000000", "--n-head", "1"], "not enough memory for a model"),
+        (["train", "STORY", "--out", "big", "--steps", "1", "--batch-size", "10000000"], "not enough memory for a step of 10,000,000 windows"),
         (["eval", "RUN", "--context-length", "99"], "at most 16 tokens"),
     ],
 )

@@ -246,15 +246,22 @@ def test_a_run_by_the_clock_that_is_over_stays_over(story, tmp_path, clock):
     settings = {name: value for name, value in RUN.items() if name != "steps"} | {"minutes": 0.5, "eval_every": 100}
     nanogpt.train(story, tmp_path / "run", **settings)
     events = []
-    nanogpt.train(out=tmp_path / "run", resume=True, on_event=events.append)
+    with pytest.warns(Notice, match=r"nothing is left for training. Use --minutes 1"):
+        nanogpt.train(out=tmp_path / "run", resume=True, on_event=events.append)
     assert not any(isinstance(event, Stepped) for event in events)
 
 
 def test_too_little_time_is_said(story, tmp_path):
-    settings = {name: value for name, value in RUN.items() if name != "steps"}
-    with pytest.warns(Notice, match=r"leave nothing for training but one step. Use --minutes"):
-        model = nanogpt.train(story, minutes=0.0001, **settings)
+    settings, rates = {name: value for name, value in RUN.items() if name != "steps"}, []
+
+    def note(event):
+        if isinstance(event, Stepped):
+            rates.append(event.learning_rate)
+
+    with pytest.warns(Notice, match=r"nothing is left for training but one step. Use --minutes"):
+        model = nanogpt.train(story, minutes=0.0001, on_event=note, **settings | {"cooldown": 0.5})
     assert model.summary["step"] == 1
+    assert rates == [pytest.approx(RUN["learning_rate"], rel=0.5)]
 
 
 def test_a_preset_is_the_whole_recipe(story):
