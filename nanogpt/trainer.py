@@ -28,7 +28,8 @@ from nanogpt.report import Evaluated, Event, Finished, Interrupted, Sampled, Sav
 
 SAVE_SECONDS = 300.0  # at most so long between two saves, also where evaluations are further apart
 LONGEST_WARMUP = 0.1  # of the run: a shorter run than the settings had in mind is not to end before its rate has risen
-ROOM, LEAVING = 1.4, 1.0  # what a run by the clock keeps for its end: a multiple of what that seems to take, and seconds for a process to begin and end
+ROOM = 1.4  # what a run by the clock keeps for its end, as a multiple of what that seems to take,
+LEAVING, COMPILER_LEAVING = 0.9, 1.1  # and seconds for a process to begin and to end; more where the compiler's helpers have to end too
 SAMPLE = SamplingConfig(max_tokens=200)
 EVALUATION_SHARE, EVALUATIONS_SHARE = 0.02, 0.1  # of the run's arithmetic may go into one evaluation, and into all,
 FEWEST_TOKENS = 8192  # except that fewer tokens tell nothing
@@ -181,7 +182,7 @@ class Trainer:
         evaluating = (evaluated - begin) * (len(self.text.val) + (self.position.val_tokens or 0)) / tried
         writing = (sampled - evaluated) * SAMPLE.max_tokens / 10
         saving = sum(p.nbytes for p in self.model.parameters()) / 50e6
-        leaving = LEAVING * (1 + self.machine.compile)  # the compiler's helpers have to end too
+        leaving = LEAVING + COMPILER_LEAVING * self.machine.compile
         return ROOM * (evaluating + writing + saving) + leaving
 
     def elapsed(self) -> float:
