@@ -132,14 +132,19 @@ def _compiling_pays(place: Machine, model: ModelConfig, batch_size: int, seconds
     if gain < FASTER:
         return False, "steps were no faster compiled when it was tried here"
     gains = f"steps become about {gain:.1f} times as fast, for about"
-    if seconds <= WARM_SECONDS + seconds / gain:  # at once: looking for a compiler takes seconds itself
+    if not _repays(WARM_SECONDS, gain, seconds):  # at once: looking for a compiler takes seconds itself
         return False, f"{gains} {WARM_SECONDS:.0f} s or more, which the run is too short for"
     if not has_compiler(place.device):
         return False, "no C++ compiler was found; with one (g++ or clang++), long runs are faster" if place.device.type == "cpu" else "no Triton was found"
     cold = known(f"compiling {_kind(place, model)}", place.device) or COLD_SECONDS
     cost = WARM_SECONDS if compiled_before(place, model, batch_size).exists() else cold
-    pays = seconds > cost + seconds / gain
+    pays = _repays(cost, gain, seconds)
     return pays, f"{gains} {cost:.0f} s" + ("" if pays else ", which the run is too short for")
+
+
+def _repays(cost: float, gain: float, seconds: float) -> bool:
+    """Whether a run of so many seconds gains a twentieth of them and more by compiling."""
+    return seconds / gain + cost < 0.95 * seconds
 
 
 def note_compiling(place: Machine, model: ModelConfig, batch_size: int, seconds: float, gain: Callable[[], float]) -> None:
@@ -240,7 +245,7 @@ def compiled_before(place: Machine, model: ModelConfig, batch_size: int) -> Path
     """The file that stands beside the compiler's own cache once a step of this shape was compiled."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir as compiler_cache
 
-    how = f"{model} {batch_size} {place.device} {place.dtype} {place.threads} {place.attention} {torch.__version__}"
+    how = f"{model} {batch_size} {place.device} {place.dtype} {place.threads} {place.attention} {torch.__version__} {sys.prefix}"
     return Path(compiler_cache()) / f"nanogpt-{hashlib.sha256(how.encode()).hexdigest()[:20]}"
 
 
