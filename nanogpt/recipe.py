@@ -3,8 +3,8 @@
 In: seconds, how much text of how many different tokens, a machine, and the settings that somebody gave. Out: the other settings.
 
 The shape is the one with the lowest loss that a law of parameters and tokens foresees (Hoffmann et al. 2022, section 3.3), given how many steps of it this
-machine takes in the time. The law's constants come from short experiments: `benchmarks/recipe.py` makes them, and its table is benchmarks/recipe.csv. What has no row
-there says so.
+machine takes in the time. The law's constants come from short experiments: `benchmarks/recipe.py` makes them, and its table is benchmarks/recipe.csv. What
+has no row there says so.
 """
 
 import math
