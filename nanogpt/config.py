@@ -101,7 +101,7 @@ class PlaceConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the matrix products; auto is the faster."""
     threads: Annotated[int | None, Field(ge=1, le=1024)] = None
-    """CPU threads. [default: one per core]"""
+    """CPU threads. [default: one per core, or fewer where that is faster]"""
 
 
 class MachineConfig(PlaceConfig):

@@ -99,9 +99,9 @@ def choose(asked: MachineConfig) -> Machine:
         _keep_memory()
     if name == "cuda" and asked.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which older versions ask for
-    torch.use_deterministic_algorithms(asked.deterministic)
-    if asked.threads is not None:
-        torch.set_num_threads(asked.threads)
+    if asked.deterministic != torch.are_deterministic_algorithms_enabled():  # saying so imports the compiler, which takes a second
+        torch.use_deterministic_algorithms(asked.deterministic)
+    torch.set_num_threads(asked.threads or (_useful_threads(device) if name == "cpu" else torch.get_num_threads()))
     name_of_dtype = asked.dtype if asked.dtype != "auto" else "bfloat16" if _bfloat16_pays(device) else "float32"
     dtype = getattr(torch, name_of_dtype)
     if name == "cuda":  # the few products left in float32 may use TF32; asked for float32, they are exact
@@ -268,6 +268,25 @@ def memory_for(what: str) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise UserError(f"There is not enough memory for {what}: {error}", "Lower --batch-size, --context-length, --n-embd or --n-layer.") from error
+
+
+def _useful_threads(device: torch.device) -> int:
+    """How many CPU threads do the work of a small layer fastest: as many as PyTorch takes, one for each core, unless fewer are clearly faster, as where a
+    container may use only a part of the cores' time."""
+    usual = torch.get_num_threads()
+    x, w = (torch.randn(shape, requires_grad=True) for shape in ((512, 256), (1024, 256)))
+
+    def seconds(threads: int) -> float:
+        torch.set_num_threads(threads)
+        return _seconds(lambda: F.silu(F.linear(x, w)).sum().backward(), device)
+
+    def measure() -> float:
+        times = {threads: seconds(threads) for threads in (usual >> halvings for halvings in range(usual.bit_length()))}
+        torch.set_num_threads(usual)  # by which figures are kept
+        fastest = min(times, key=lambda threads: times[threads])
+        return float(fastest if FASTER * times[fastest] < times[usual] else usual)
+
+    return int(once("threads", device, measure))
 
 
 def _bfloat16_pays(device: torch.device) -> bool:

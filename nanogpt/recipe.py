@@ -72,7 +72,7 @@ def choose(seconds: float, tokens: int, vocab_size: int, place: Machine, given: 
     few = model.context_length < CONTEXT
     pick("the text is short" if few else "some fifty words to look back on", context_length=model.context_length)
     pick("has learned most after so long, of the shapes tried", n_layer=model.n_layer, n_embd=model.n_embd, n_head=model.n_head)
-    evaluations = max(2, min(10, round(seconds / 30)))
+    evaluations = max(2, min(10, round(seconds / 45)))
     pick(f"for about {count} steps", batch_size=rows, eval_every=max(1, round(steps / evaluations)))
     pick(f"the text is read {epochs:.2g} times", dropout=DROPOUT if epochs >= DROPOUT_EPOCHS else 0.0)
     if read > most:

@@ -31,7 +31,7 @@ LONGEST_WARMUP = 0.1  # of the run: a shorter run than the settings had in mind 
 ROOM = 1.4  # what a run by the clock keeps for its end, as a multiple of what that seems to take,
 LEAVING, COMPILER_LEAVING = 0.9, 1.1  # and seconds for a process to begin and to end; more where the compiler's helpers have to end too
 SAMPLE = SamplingConfig(max_tokens=200)
-EVALUATION_SHARE, EVALUATIONS_SHARE = 0.02, 0.1  # of the run's arithmetic may go into one evaluation, and into all,
+EVALUATION_SHARE, EVALUATIONS_SHARE = 0.02, 0.04  # of the run's arithmetic may go into one evaluation, and into all,
 FEWEST_TOKENS = 8192  # except that fewer tokens tell nothing
 
 

@@ -26,8 +26,26 @@ def figures(monkeypatch, **seconds):
 @pytest.mark.parametrize(("half", "chosen"), [(5e11, torch.bfloat16), (1.1e11, torch.float32), (1e10, torch.float32)])
 def test_bfloat16_only_where_it_is_clearly_faster(monkeypatch, half, chosen):
     figures(monkeypatch, peak_bfloat16=half, peak_float32=1e11)
-    assert machine.choose(MachineConfig(device="cpu")).dtype == chosen
-    assert machine.choose(MachineConfig(device="cpu", dtype="float32")).dtype == torch.float32
+    assert machine.choose(MachineConfig(device="cpu", threads=1)).dtype == chosen
+    assert machine.choose(MachineConfig(device="cpu", dtype="float32", threads=1)).dtype == torch.float32
+
+
+@pytest.fixture
+def _own_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_own_threads")
+@pytest.mark.parametrize(("seconds", "chosen"), [({8: 1.0, 4: 0.9, 2: 0.95, 1: 2.0}, 8), ({8: 9.0, 4: 5.0, 2: 1.0, 1: 1.5}, 2)])
+def test_fewer_threads_only_where_they_are_clearly_faster(monkeypatch, seconds, chosen):
+    torch.set_num_threads(8)
+    monkeypatch.setattr(machine, "_seconds", lambda work, device: seconds[torch.get_num_threads()])
+    monkeypatch.setattr(machine, "known", lambda what, device: None)
+    assert machine.choose(MachineConfig(device="cpu", dtype="float32")).threads == chosen
+    torch.set_num_threads(8)
+    assert machine.choose(MachineConfig(device="cpu", dtype="float32", threads=3)).threads == 3
 
 
 @pytest.mark.parametrize(("plain", "fused", "chosen"), [(1, 2, "plain"), (1, 1.1, "fused"), (2, 1, "fused")])
