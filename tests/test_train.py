@@ -600,3 +600,18 @@ def test_prepared_text_that_is_gone_is_made_again(story, tmp_path):
     assert nanogpt.load(tmp_path / "run", dtype="float32").evaluate().val_loss == expected
     shutil.rmtree(folder)  # and all of it
     assert nanogpt.load(tmp_path / "run", dtype="float32").evaluate().val_loss == expected
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "word", "bpe", "tokenizer.json"])
+def test_every_kind_of_token_can_be_trained_on_and_goes_on(story, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tokenizer.json").write_text(train_tokenizer("bpe", [story.read_text()], 300).to_json(), encoding="utf-8")
+    settings = RUN | {"tokenizer": tokenizer, "eval_every": 2}
+    first = nanogpt.train(story, "run", **settings | {"steps": 2})
+    whole = nanogpt.train(story, "whole", **settings | {"steps": 4})
+    assert nanogpt.train((), "run", resume=True, steps=4).evaluate() == whole.evaluate()
+    assert first.tokenizer.to_json() == nanogpt.load("run").tokenizer.to_json()
+    assert "".join(whole.stream("The cat", seed=1, max_tokens=20))
+    loss = whole.evaluate(story)
+    assert (loss.bytes, loss.words) == pytest.approx(np.array([len(story.read_text()), len(story.read_text().split())]) * loss.tokens / (loss.tokens + 1))
+    assert set(loss.baselines) == {"uniform", "unigram", "bigram", "trigram"}
