@@ -59,8 +59,8 @@ def is_path(tokenizer: str) -> bool:
 def _known_tokenizer(name: str) -> str:
     if name not in TOKENIZERS and not is_path(name):
         near = difflib.get_close_matches(name, TOKENIZERS, n=1)
-        meant = f" did you mean {near[0]}?" if near else ""
-        raise ValueError(f"neither a kind of tokenizer ({', '.join(TOKENIZERS)}) nor the path of a tokenizer.json;{meant}".rstrip(";?"))
+        meant = f"; did you mean {near[0]}" if near else ""
+        raise ValueError(f"neither a kind of tokenizer ({', '.join(TOKENIZERS)}) nor the path of a tokenizer.json{meant}")
     return name
 
 
@@ -203,9 +203,8 @@ def _checked(
 def explain(error: ValidationError) -> list[str]:
     """Say what pydantic found in one line per problem: the setting, the value, the limit."""
     names = [[part for part in problem["loc"] if isinstance(part, str)][-1] for problem in error.errors()]  # other parts are places in a list
-    return [
-        f"{name} = {problem['input']!r}: {problem['msg'].lower().removeprefix('value error, ')}." for name, problem in zip(names, error.errors(), strict=True)
-    ]
+    said = [problem["msg"].lower().removeprefix("value error, ") for problem in error.errors()]
+    return [f"{name} = {problem['input']!r}: {what}." for name, problem, what in zip(names, error.errors(), said, strict=True)]
 
 
 def flatten(config: BaseModel, *, explicit: bool = False) -> dict[str, Any]:

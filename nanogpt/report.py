@@ -303,7 +303,8 @@ def loss_table(loss: Loss, baselines: dict[str, float], name: str) -> Table:
     rows = {f"{key} baseline": value for key, value in baselines.items()} | {name: loss.val_loss}
     for label, value in sorted(rows.items(), key=lambda row: -row[1]):
         of_all = replace(loss, nats=value * loss.tokens)
-        cells = [f"{value:.4f}", f"{of_all.bits_per_byte:.4f}", f"{of_all.word_perplexity:,.{0 if of_all.word_perplexity < 1e7 else '3e'}}"]
+        perplexity = f"{of_all.word_perplexity:,.0f}" if of_all.word_perplexity < 1e7 else f"{of_all.word_perplexity:.3e}"
+        cells = [f"{value:.4f}", f"{of_all.bits_per_byte:.4f}", perplexity]
         table.add_row(label, *cells[: len(table.columns) - 1], style="bold" if label == name else "")
     counted = " Baselines are counted on the training split (Witten-Bell smoothing)." if baselines else ""
     table.caption = f"On {loss.tokens:,} tokens.{counted}"

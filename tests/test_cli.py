@@ -112,7 +112,7 @@ MISTAKES = {
     "not TOML": (["story.txt", "--config", "broken.toml"], ["cannot be read"]),
     "no such TOML": (["story.txt", "--config", "absent.toml"], ["absent.toml", "cannot be read"]),
     "cuda without a GPU": (["story.txt", "--device", "cuda"], ["--device cuda is not available", "It can use: cpu"]),
-    "unknown tokenizer": (["story.txt", "--tokenizer", "bpee"], ["tokenizer = 'bpee'", "char, byte, word, bpe", "did you mean bpe?"]),
+    "unknown tokenizer": (["story.txt", "--tokenizer", "bpee"], ["tokenizer = 'bpee'", "char, byte, word, bpe", "did you mean bpe."]),
     "no such tokenizer": (["story.txt", "--tokenizer", "none/tokenizer.json"], ["no tokenizer", "none/tokenizer.json"]),
     "size of characters": (["story.txt", "--vocab-size", "300"], ["--vocab-size 300 does not go with --tokenizer char"]),
     "vocabulary too large": (["story.txt", "--tokenizer", "bpe", "--vocab-size", "9999"], ["The text supports", "not --vocab-size 9999"]),

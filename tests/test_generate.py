@@ -133,9 +133,21 @@ def test_nothing_is_unknown_whose_bytes_occurred(tokenizer):
     assert tokenizer.decode(generate.encode_prompt(tokenizer, "abc 日 漢", unused, 100)) == "abc 日 漢"
 
 
-@pytest.mark.parametrize("tokenizer", SUBWORDS, ids=["byte", "word", "bpe"])
-def test_what_is_spelled_by_tokens_that_never_occurred_is_named_in_whole_characters(tokenizer):
-    unused = ranges(set(range(tokenizer.vocab_size)) - set(tokenizer.encode("abc bca")))
+@given(st.sampled_from(SUBWORDS), st.text("abc 🙂日éñ"), st.randoms())
+def test_what_is_spelled_by_tokens_that_never_occurred_is_found_in_whole_characters(tokenizer, string, chance):
+    ids = tokenizer.encode(string)
+    new = {token for token in ids if chance.random() < 0.3}
+    of_bytes = [token in new for token in ids for _ in tokenizer.token_bytes[token]]
+    ends = [len(string[:at].encode()) for at in range(len(string) + 1)]
+    expected = {at: string[at] for at in range(len(string)) if any(of_bytes[ends[at] : ends[at + 1]])}
+    found = generate._unlearned(tokenizer, string, ids, ranges(new))
+    assert {at + i: letter for at, part in found for i, letter in enumerate(part)} == expected
+    assert all(at + len(part) not in expected for at, part in found)
+
+
+def test_what_never_occurred_is_named_and_strict_refuses_it():
+    tokenizer = SUBWORDS[0]
+    unused = ranges(set(range(tokenizer.vocab_size)) - set(b"abc "))
     with pytest.warns(Notice, match=r"had no '日' \(U\+65E5\) at position 4, 'ñq' at position 8\."):
         ids = generate.encode_prompt(tokenizer, "abc 日bcañq", unused, 100)
     assert tokenizer.decode(ids) == "abc 日bcañq"

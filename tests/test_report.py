@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from nanogpt.config import Config
+from nanogpt.config import Config, TextConfig
 from nanogpt.evaluate import Loss, Verdict
 from nanogpt.report import Evaluated, Finished, Sampled, Started, Stepped, Terminal, duration, loss_table, printable
 

@@ -13,7 +13,6 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
-from nanogpt.config import TOKENIZERS as KINDS_OF_CONFIG
 from nanogpt.errors import Notice, UserError
 from nanogpt.tokenizer import KINDS, Tokenizer, cuts, kinds, train_tokenizer
 from nanogpt.tokenizer.exact import BYTES, END, LETTERS
@@ -257,10 +256,6 @@ def test_transformers_reads_the_same_file(in_transformers, number, text):
 
 
 # Made from a text
-
-
-def test_every_kind_can_be_named():
-    assert tuple(KINDS) == KINDS_OF_CONFIG
 
 
 def test_bytes_are_their_values():
