@@ -70,7 +70,7 @@ class TextConfig(Section):
     tokenizer: Annotated[str, AfterValidator(_known_tokenizer)] = "char"
     """What a token is: char, byte, word, bpe (parts of words), or what the tokenizer.json at this path says."""
     vocab_size: Annotated[int | None, Field(ge=1)] = None
-    """Different tokens of word and bpe. [default: the square root of the text's bytes, to a power of two from 512 to 32768]"""
+    """Different tokens of word and bpe. [default: by the text's size, from 512 to 32768: 1 MB gets 1024 for bpe, 4096 for word]"""
     encoding: str | None = None
     """Encoding of the text files. [default: UTF-8, or UTF-16 where its mark is found]"""
     val: str | None = None

@@ -4,7 +4,7 @@ In: seconds, how much text of how many different tokens, a machine, and the sett
 
 The shape is the one with the lowest loss that a law of parameters and tokens foresees (Hoffmann et al. 2022, section 3.3), given how many steps of it this
 machine takes in the time. The law's constants come from short experiments: `benchmarks/recipe.py` makes them, and its table is benchmarks/recipe.csv. What
-has no row there says so.
+has no row there says so. All of it was measured on characters: a larger vocabulary counts by the time that it takes, not by how much more its tokens tell.
 """
 
 import math

@@ -49,7 +49,7 @@ def byte(chunks: Iterable[str], vocab_size: int | None = None, n_bytes: int | No
 def word(chunks: Iterable[str], vocab_size: int | None = None, n_bytes: int | None = None) -> tokenizers.Tokenizer:
     """The characters of the text and its words, the most frequent first where there is no room for all; then the bytes; then the end."""
     blocks, total = _sample("word", chunks, n_bytes)
-    room = (vocab_size or suggested_size(total)) - len(BYTES) - 1
+    room = (vocab_size or suggested_size(16 * total)) - len(BYTES) - 1  # four times as many: a word is not put together of parts
     _require_room(room)
     points = np.zeros(CODE_POINTS, np.int64)
     for block in blocks:
