@@ -67,7 +67,22 @@ def llama(spaces: str = "normalizer", **model: object) -> Backend:
     return backend
 
 
-FOREIGN = {"gpt2": gpt2(), "prefix": gpt2(add_prefix_space=True), "llama3": llama_3(), "llama": llama(), "metaspace": llama("whole"), "split": llama("split")}
+def gemma() -> Backend:
+    """No space before the first word, and a pre-tokenizer that never finds the spaces it looks for."""
+    backend = llama()
+    backend.normalizer, backend.pre_tokenizer = normalizers.Replace(" ", "▁"), pre_tokenizers.Split(" ", "merged_with_previous")
+    return backend
+
+
+def starcoder() -> Backend:
+    """Digits by themselves, before the bytes."""
+    backend = gpt2()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return backend
+
+
+FOREIGN = {"gemma": gemma(), "starcoder": starcoder()}
+FOREIGN |= {"gpt2": gpt2(), "prefix": gpt2(add_prefix_space=True), "llama3": llama_3(), "llama": llama(), "metaspace": llama("whole"), "split": llama("split")}
 TOKENIZERS = [train_tokenizer("char", [text]) for text in ALPHABETS]
 TOKENIZERS += [train_tokenizer(kind, [text]) for kind in ("byte", "word", "bpe") for text in ("", BOOK, "".join(AWKWARD * 2))]
 MADE = len(TOKENIZERS)
@@ -146,8 +161,9 @@ def test_where_characters_need_no_token_of_their_own_none_is_unknown(kind):
 
 @given(any_tokenizer, st.text(), st.text(), st.characters(categories=["Cs"]))
 def test_an_unpaired_surrogate_is_refused_with_its_place(tokenizer, before, after, half):
-    with pytest.raises(UserError, match=rf"Character {len(before)} of the text, '\\ud[0-9a-f]{{3}}', is an unpaired surrogate"):
-        tokenizer.encode(before + half + after)
+    for encode in (tokenizer.encode, lambda text: list(tokenizer.encode_chunks([text]))):
+        with pytest.raises(UserError, match=rf"Character {len(before)} of the text, '\\ud[0-9a-f]{{3}}', is an unpaired surrogate"):
+            encode(before + half + after)
 
 
 @given(any_tokenizer, st.data())
@@ -349,7 +365,7 @@ def test_the_suggested_size_grows_with_the_square_root_of_the_text():
 
 def test_the_tokens_of_a_foreign_tokenizer_keep_their_numbers():
     plain = "They see the cats, the dogs"
-    for name in ("gpt2", "prefix", "llama3"):
+    for name in ("gpt2", "prefix", "llama3", "starcoder", "gemma"):
         ours = Tokenizer.from_json(FOREIGN[name].to_str())
         assert ours.encode(" " + plain) == FOREIGN[name].encode(("" if name == "prefix" else " ") + plain, add_special_tokens=False).ids
     for name in ("llama", "metaspace", "split"):  # which read a space before the first word
@@ -430,6 +446,10 @@ LOSSY = {
         ),
         "do more than cut",
     ),
+    "bytes of bytes": (lambda: part(gpt2(), pre_tokenizer={"type": "Sequence", "pretokenizers": [json.loads(gpt2().to_str())["pre_tokenizer"]] * 2}),
+                       "do more than cut the text and turn it into bytes"),
+    "words of ▁": (lambda: part(llama(), pre_tokenizer={"type": "Split", "pattern": {"Regex": "▁+"}, "behavior": "Isolated", "invert": False}),
+                   "cut at something else than spaces"),
     "dropout": (lambda: in_model(gpt2(), dropout=0.1), "dropout"),
     "ends of words": (lambda: in_model(gpt2(), end_of_word_suffix="s"), "suffix"),
     "numbers with a gap": (lambda: in_model(gpt2(), vocab={**json.loads(gpt2().to_str())["model"]["vocab"], "gap": 999}), "do not have the numbers 0 to"),

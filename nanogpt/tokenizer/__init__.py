@@ -66,8 +66,7 @@ class Tokenizer:
         """`encode` for bulk: (T,) uint32."""
         if self._single:
             return self._look_up(text)
-        _utf(text, "utf-8")
-        return np.concatenate([np.empty(0, np.uint32), *map(self._encode, batches([text], self._barrier))])
+        return np.concatenate([np.empty(0, np.uint32), *map(self._encode, batches([_valid(text)], self._barrier))])
 
     def encode_chunks(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
         """The tokens of the text that the chunks make up together, in pieces (T,) uint32: the same ids as of the whole, however it is cut.
@@ -79,16 +78,17 @@ class Tokenizer:
             return
         with ThreadPoolExecutor(1) as worker:
             at_work = None
-            for pieces in batches(chunks, self._barrier):
-                following = worker.submit(self.backend.encode_batch_fast, pieces, add_special_tokens=False)
+            for pieces in batches(map(_valid, chunks), self._barrier):
+                following = worker.submit(self._encode, pieces)
                 if at_work is not None:
-                    yield _ids(at_work.result())
+                    yield at_work.result()
                 at_work = following
             if at_work is not None:
-                yield _ids(at_work.result())
+                yield at_work.result()
 
     def _encode(self, pieces: list[str]) -> np.ndarray:
-        return _ids(self.backend.encode_batch_fast(pieces, add_special_tokens=False))
+        encodings = self.backend.encode_batch_fast(pieces, add_special_tokens=False)
+        return np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.uint32)
 
     def _look_up(self, text: str) -> np.ndarray:
         """The tokens where each character, or byte, has its own: by one table look-up each, some thirty times as fast as `tokenizers`."""
@@ -186,5 +186,6 @@ def _utf(text: str, encoding: str) -> bytes:
         raise UserError(f"Character {error.start} of the text, {text[error.start]!r}, is an unpaired surrogate, which is not valid Unicode.") from error
 
 
-def _ids(encodings: list[tokenizers.Encoding]) -> np.ndarray:
-    return np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.uint32)
+def _valid(text: str) -> str:
+    _utf(text, "utf-8")
+    return text

@@ -68,10 +68,9 @@ def _byte_level(spec: dict[str, Any]) -> tuple[dict[str, int], list[list[str]], 
         raise _refused("it has no ByteLevel decoder")
     if rewriting := _parts(spec["normalizer"]):
         raise _rewriting(rewriting[0])
-    *first, last = _parts(spec["pre_tokenizer"])
-    if last["type"] != "ByteLevel" or any(not _only_cuts(part) for part in first):
+    cuts = [BYTE_LEVEL | {"use_regex": part["use_regex"]} if part["type"] == "ByteLevel" else part for part in _parts(spec["pre_tokenizer"])]
+    if sum(not _only_cuts(part) for part in cuts) > 1:
         raise _refused("its pre-tokenizers do more than cut the text and turn it into bytes")
-    cuts = [*first, BYTE_LEVEL | {"use_regex": last["use_regex"]}]
     return vocab, spec["model"]["merges"], cuts, BYTE_LEVEL | {"add_prefix_space": True}  # which a decoder has no use for: as the library writes it
 
 
@@ -95,6 +94,8 @@ def _byte_fallback(spec: dict[str, Any]) -> tuple[dict[str, int], list[list[str]
         if len(renamed) < len(vocab):
             raise _refused(f"some of its tokens differ only in {SPACE} and a space")
         vocab, merges = renamed, [[part.replace(SPACE, " ") for part in pair] for pair in merges]
+        if any((part.get("replacement") or part.get("pattern", {}).get("String")) not in (SPACE, " ") for part in cuts):
+            raise _refused("its pre-tokenizers cut at something else than spaces")
         cuts = [{"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithNext", "invert": False} for part in cuts if part.get("split")]
     if any(not _only_cuts(part) for part in cuts):
         raise _refused("its pre-tokenizers do more than cut the text")

@@ -94,7 +94,7 @@ def suggested_size(n_bytes: int) -> int:
     """A vocabulary's size for a text of so many bytes: their square root, to the nearest power of two, from 512 to 32,768.
 
     The number of different words grows about with the square root of a text (Heaps' law; Manning et al. 2008, section 5.1.1), and so does that of the words
-    that occur ten times, which is the least that a model needs to learn a token. So 1 MB gets 1,024 and 100 MB 8,192; what is rarer is better spelled.
+    that occur ten times, as a token should to be learned. So 1 MB gets 1,024 and 100 MB 8,192; what is rarer is better spelled.
     """
     return min(MOST, max(FEWEST, 2 ** round(math.log2(max(1, n_bytes)) / 2)))
 
