@@ -127,7 +127,8 @@ class Model:
         if not (run / "text.json").is_file():
             return None
         prepared = _text_of(run, resolve(read_toml(run / "config.toml")))
-        return prepared if prepared.about["fingerprint"] == self.summary["text"] else None
+        same = prepared.about["fingerprint"] == self.summary["text"] and prepared.tokenizer.to_json() == self.tokenizer.to_json()
+        return prepared if same else None
 
     def _encode(self, sources: Sequence[str], encoding: str | None) -> tuple[np.ndarray, int, int]:
         """The tokens of a text, its bytes and its words."""
@@ -315,6 +316,12 @@ def _text_of(run: Path, settled: Config, sources: Sequence[str] = ()) -> Prepare
         sizes = [f"{text['train_bytes'] + text['val_bytes']:,} bytes, SHA-256 {text['fingerprint'][:16]}…" for text in (about, prepared.about)]
         raise UserError(
             f"The text is not the one the run in {run} began with: then {sizes[0]}; now {sizes[1]}.", "Give it the same text, or train anew with --out FOLDER."
+        )
+    if prepared.about["train_tokens"] != about["train_tokens"]:
+        raise UserError(
+            f"The tokenizer of {run} ({settled.text.tokenizer}) makes other tokens than when the run began: then {about['train_tokens']:,} of the same "
+            f"text, now {prepared.about['train_tokens']:,}.",
+            "Put the file back that it was, or train anew with --out FOLDER.",
         )
     return prepared
 

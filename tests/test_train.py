@@ -610,6 +610,7 @@ def test_every_kind_of_token_can_be_trained_on_and_goes_on(story, tmp_path, toke
     Path("tokenizer.json").write_text(train_tokenizer("bpe", [story.read_text()], 280).to_json(), encoding="utf-8")
     settings = RUN | {"tokenizer": tokenizer, "eval_every": 2}
     first = nanogpt.train(story, "run", **settings | {"steps": 2})
+    assert first.evaluate().tokens == len(first._text.val) - 1
     whole = nanogpt.train(story, "whole", **settings | {"steps": 4})
     assert nanogpt.train((), "run", resume=True, steps=4).evaluate().tokens == whole.evaluate().tokens == len(whole._text.val) - 1
     assert first.tokenizer.to_json() == nanogpt.load("run").tokenizer.to_json()
@@ -617,3 +618,16 @@ def test_every_kind_of_token_can_be_trained_on_and_goes_on(story, tmp_path, toke
     loss = whole.evaluate(story)
     assert (loss.bytes, loss.words) == pytest.approx(np.array([len(story.read_text()), len(story.read_text().split())]) * loss.tokens / (loss.tokens + 1))
     assert set(loss.baselines) == {"uniform", "unigram", "bigram", "trigram"}
+
+
+def test_a_tokenizer_that_has_changed_since_is_noticed(story, tmp_path):
+    path, run = tmp_path / "tokenizer.json", tmp_path / "run"
+    path.write_text(train_tokenizer("bpe", [story.read_text()], 280).to_json(), encoding="utf-8")
+    nanogpt.train(story, run, **RUN | {"tokenizer": str(path), "steps": 2})
+    shutil.rmtree(cache_dir() / "tokens")
+    path.write_text(train_tokenizer("bpe", [story.read_text()], 270).to_json(), encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer of .* makes other tokens than when the run began: then [\d,]+ of the same text, now [\d,]+\."):
+        nanogpt.train((), run, resume=True, steps=4)
+    path.unlink()
+    with pytest.raises(UserError, match="no tokenizer"):
+        nanogpt.load(run).evaluate()
