@@ -47,6 +47,10 @@ class ModelConfig(Section):
     """Tokens the model looks back on."""
     dropout: Annotated[float, Field(ge=0, le=0.99)] = 0.2
     """Share of activations zeroed in training, against overfitting (in steps of 1/256)."""
+    window: Annotated[int | None, Field(ge=1)] = None
+    """Tokens that attention sees at a time, itself included, for modern; its cost is then linear in the context. [default: all]"""
+    rope_base: Annotated[float, Field(gt=1)] = 10_000.0
+    """Rotary positions of modern: the slowest turns once in 2 pi times so many tokens; a longer context wants a larger one."""
 
 
 class TextConfig(Section):
@@ -239,6 +243,8 @@ def _contradictions(config: Config) -> list[str]:
         found.append(f"n_embd = {model.n_embd} over n_head = {model.n_head} gives heads of an odd width, and modern turns channels in pairs.")
     if model.n_kv_head is not None and (model.arch == "classic" or model.n_head % model.n_kv_head):
         found.append(f"n_kv_head = {model.n_kv_head} goes with arch = 'modern' and must divide n_head = {model.n_head}.")
+    if model.window is not None and model.arch == "classic":
+        found.append(f"window = {model.window} goes with arch = 'modern'.")
     if config.training.steps is None and config.training.minutes is None:
         found.append("Neither steps nor minutes: nothing would end the run.")
     return found
