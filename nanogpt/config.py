@@ -71,6 +71,10 @@ class TrainingConfig(Section):
 
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Windows of text in one step."""
+    micro_batch_size: Annotated[int | None, Field(ge=1)] = None
+    """Windows that are computed at once; the gradients of a step are added up. [default: as many as memory suffices for]"""
+    checkpoint_activations: bool | None = None
+    """Compute inner activations again in the backward pass instead of keeping them. [default: where not one window fits into the memory otherwise]"""
     steps: Annotated[int | None, Field(ge=1)] = 5000
     """Updates of the weights. [default: 5000, or as many as fit into the minutes; with both, whichever ends first]"""
     minutes: Annotated[float | None, Field(gt=0, le=525_600)] = None

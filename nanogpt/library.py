@@ -22,21 +22,27 @@ import numpy as np
 import torch
 
 from nanogpt import checkpoint, generate, machine, recipe
-from nanogpt.config import PRESETS, Config, MachineConfig, PlaceConfig, flatten, read_toml, resolve, resolve_sampling, to_toml
+from nanogpt.config import PRESETS, Config, MachineConfig, PlaceConfig, TrainingConfig, flatten, read_toml, resolve, resolve_sampling, to_toml
 from nanogpt.corpus import expand, findable
 from nanogpt.errors import Notice, UserError
 from nanogpt.evaluate import Loss, Verdict, evaluate, ngram_losses
 from nanogpt.files import locked, require_space, sweep, write_text
-from nanogpt.plan import SHARE, flops_per_token, memory
+from nanogpt.plan import SHARE, flops_per_token
 from nanogpt.prepare import Prepared, open_prepared, prepare
 from nanogpt.recipe import Choice
 from nanogpt.report import Event, Interrupted, RunLog, Started, Stopping
 from nanogpt.tokenizer import Tokenizer
-from nanogpt.trainer import Position, Trainer, build
+from nanogpt.trainer import Position, Trainer, build, fitted
 
 DEFAULT_MINUTES = 5.0
 ENDS = ("steps", "minutes")  # the settings of which one ends a run
-MAY_CHANGE = {*ENDS, "eval_every", "patience"} | MachineConfig.model_fields.keys()  # when a run goes on; all else would make it another run
+MAY_CHANGE = {
+    *ENDS,
+    "eval_every",
+    "patience",
+    "micro_batch_size",
+    "checkpoint_activations",
+} | MachineConfig.model_fields.keys()  # when a run goes on; all else would make it another run
 
 
 @dataclass(frozen=True)
@@ -186,7 +192,8 @@ def train(
             warnings.warn(f"There is no saved state in {run}: starting afresh.", Notice, stacklevel=2)
         given = _given(settings, config, preset, resuming)
         settled, prepared, place, choices = _settle(run, sources, given, resuming, begun if preset is None else None)
-        _require_memory(settled, prepared.tokenizer.vocab_size, place)
+        open_ones, (settled, needed, free) = settled.training, fitted(settled, prepared.tokenizer.vocab_size, place)
+        choices += _smaller(open_ones, settled.training, free)
         with machine.memory_for(f"a model of this shape: {settled.model}"):
             model, optimizer = build(settled, prepared.tokenizer.vocab_size, place)
         require_space(run, 8 * sum(p.nbytes for p in model.parameters()))  # model and state, each also while it is replaced
@@ -206,7 +213,7 @@ def train(
         asked = stack.enter_context(_stop_signals(on_event)) if out is not None else []
         trainer = Trainer(model, optimizer, prepared, settled.training, place, run, position, lambda: bool(asked), begun)
         log, event = RunLog(run), None
-        for event in _events(trainer, settled, place, choices):
+        for event in _events(trainer, settled, place, choices, needed, free):
             log(event)
             on_event(event)
         if isinstance(event, Interrupted):
@@ -263,17 +270,15 @@ def _settle(
     return settled.model_copy(update={"machine": place.settings()}), prepared, place, choices
 
 
-def _require_memory(settled: Config, vocab_size: int, place: machine.Machine) -> None:
-    """Errors: `UserError` where a step would need far more memory than there is; a system may kill the process, and others, without a word."""
-    half = place.dtype != torch.float32
-    needed = sum(memory(settled.model, settled.training, vocab_size, settled.training.batch_size, half=half, fused=place.attention == "fused").values())
-    there = machine.memory_of(place.device)
-    if there is not None and needed > 1.2 * there:  # the estimate is good to a fifth
-        raise UserError(
-            f"There is not enough memory for a step of {settled.training.batch_size:,} windows of {settled.model.context_length} tokens with this model: it "
-            f"takes about {needed / 1e9:,.0f} GB, and {there / 1e9:,.0f} GB are there.",
-            "Lower --batch-size, --context-length, --n-embd or --n-layer; `nanogpt plan` tells what each would take.",
-        )
+def _smaller(asked: TrainingConfig, chosen: TrainingConfig, free: float | None) -> list[Choice]:
+    """What was chosen because memory does not suffice for a whole batch at once."""
+    reason = f"all {asked.batch_size} windows at once would take more than the {(free or 0) / 1e9:.2g} GB that are free"
+    found = []
+    if asked.micro_batch_size is None and chosen.micro_batch_size != asked.batch_size:
+        found.append(Choice("micro_batch_size", chosen.micro_batch_size, reason))
+    if asked.checkpoint_activations is None and chosen.checkpoint_activations:
+        found.append(Choice("checkpoint_activations", True, reason))
+    return found
 
 
 def _expected_seconds(settled: Config, prepared: Prepared, place: machine.Machine) -> float:
@@ -344,11 +349,11 @@ def _fit_context(settled: Config, given: dict[str, Any], tokens: int) -> Config:
     return settled.model_copy(update={"model": settled.model.model_copy(update={"context_length": fitting})})
 
 
-def _events(trainer: Trainer, settled: Config, place: machine.Machine, choices: list[Choice]) -> Iterator[Event]:
+def _events(trainer: Trainer, settled: Config, place: machine.Machine, choices: list[Choice], needed: float, free: float | None) -> Iterator[Event]:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     flops = flops_per_token(settled.model, trainer.text.tokenizer.vocab_size)
     peak = machine.peak(place.device, place.dtype)
-    yield Started(str(trainer.run), trainer.position.step, settled, parameters, trainer.text.about, str(place), flops, peak, choices)
+    yield Started(str(trainer.run), trainer.position.step, settled, parameters, trainer.text.about, str(place), flops, peak, choices, needed, free)
     yield from trainer.events()
 
 

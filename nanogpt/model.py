@@ -109,10 +109,8 @@ class Attention(nn.Module):
             k, v = cache.extend(self.layer, k, v)  # (B, K, S, D)
         if self.n_kv_head < self.n_head:
             k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))  # (B, H, S, D)
-        if T <= QUERIES or self.is_causal(T, k.shape[2], key):
-            y = self.attend(q, k, v, mask, key)  # (B, H, T, D)
-        else:
-            y = self.attend_by_blocks(q, k, v, key)
+        at_once = T <= QUERIES or self.is_causal(T, k.shape[2], key)
+        y = self.attend(q, k, v, mask, key) if at_once else self.attend_by_blocks(q, k, v, key)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
     def is_causal(self, T: int, S: int, key: Tensor | None) -> bool:
@@ -130,21 +128,24 @@ class Attention(nn.Module):
     def attend_by_blocks(self, q: Tensor, k: Tensor, v: Tensor, key: Tensor | None) -> Tensor:
         """The same for many queries, which are the last of the S tokens: `QUERIES` at a time, each with the keys that one of them can see.
 
-        Probabilities are computed again in the backward pass, so that never more than those of a block are there.
+        Masks and probabilities are made again in the backward pass, so that never more than those of a block are there.
         """
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None) -> Tensor:
+            return self.attend(q, k, v, causal_mask(q.shape[2], k.shape[2], q.device, self.window), key)
+
         parts, (T, S) = [], (q.shape[2], k.shape[2])
         for begin in range(0, T, QUERIES):
             block = q[:, :, begin : begin + QUERIES]  # (B, H, queries, D)
             end = S - T + begin + block.shape[2]
             first = 0 if self.window is None else max(0, end - block.shape[2] - self.window + 1)
-            mask = causal_mask(block.shape[2], end - first, q.device, self.window)
-            inputs = block, k[:, :, first:end], v[:, :, first:end], mask, None if key is None else _mix32(key + begin)
-            parts.append(self.attend(*inputs) if self.is_fused(key) else checkpoint(self.attend, *inputs, use_reentrant=False, preserve_rng_state=False))
+            inputs = block, k[:, :, first:end], v[:, :, first:end], None if key is None else _mix32(key + begin)
+            parts.append(checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False))
         return torch.cat(parts, dim=2)
 
 
 def causal_mask(T: int, S: int, device: torch.device, window: int | None = None) -> Tensor:
-    """(T, S), to be added to scores: the last T of S tokens each see themselves (0), what came before (of it the last `window` - 1), and nothing else (-inf)."""
+    """(T, S), to be added to scores: the last T of S tokens each see themselves (0) and what came before, or its last `window` - 1, and nothing else (-inf)."""
     mask = torch.full((T, S), -math.inf, device=device).triu(S - T + 1)
     return mask if window is None else mask + torch.full((T, S), -math.inf, device=device).tril(S - T - window)
 
@@ -157,9 +158,9 @@ def turns(positions: Tensor, head_dim: int, base: float) -> Tensor:
 
 
 def stretched_base(base: float, factor: float, head_dim: int) -> float:
-    """The base with which a model of rotary positions can look back `factor` times as far ("NTK-aware", Peng et al. 2023, section 3.1, equation 16).
+    """The base with which a model of rotary positions can look back `factor` times as far ("NTK-aware", Peng et al. 2023, definition 1).
 
-    The slowest pair turns `factor` times as slowly, so that it stays within the angles it has learned; the fastest as before, so that neighbours look as before.
+    The slowest pair of channels turns `factor` times as slowly, and so stays within the angles it has learned; the fastest turns as before.
     """
     return base * factor ** (head_dim / max(1, head_dim - 2))
 

@@ -40,6 +40,8 @@ class Started:
     flops_per_token: float
     peak: float  # FLOP/s
     choices: list[Any]
+    memory: float  # bytes that a step is estimated to take,
+    free_memory: float | None  # and that are free, where the system tells
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,8 @@ class Terminal:
             "Model": f"{event.parameters / 1e6:.2f} M parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
             f"context {model.context_length}, dropout {model.dropout:g}",
             "Machine": f"{event.machine}, {event.config.machine.attention} attention, {'compiled' if event.config.machine.compile else 'not compiled'}",
+            "Memory": f"about {rounded(event.memory / 1e9)} GB for a step, {event.config.training.micro_batch_size} windows at a time"
+            + (f"; {rounded(event.free_memory / 1e9)} GB are free" if event.free_memory else ""),
             "Run": event.run + (f", going on after step {event.step:,}" if event.step else ""),
         }
         for name, value in rows.items():
@@ -324,7 +328,9 @@ def show_plan(plan: Plan) -> None:
     console.print(f"Parameters  {total / 1e6:,.2f} M: " + ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items()))
     console.print(f"Memory      {needed / 1e9:,.2f} GB: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.memory.items()))
     if plan.device_memory is not None and needed > plan.device_memory:
-        console.print(f"            More than the {plan.device_memory / 1e9:.0f} GB that are there: lower --batch-size, or use more devices.")
+        console.print(f"            More than the {plan.device_memory / 1e9:.0f} GB that are there: lower --context-length, --n-embd or --n-layer.")
+    again = ", inner activations computed again instead of kept" if plan.checkpoint_activations else ""
+    console.print(f"            with {plan.micro_batch_size} windows at a time{again}")
     tokens = plan.steps * plan.tokens_per_step
     arithmetic = f"{plan.flops_per_token / 1e6:,.1f} MFLOP a token, {plan.flops_per_token * tokens:.3g} FLOP for {tokens:,} tokens"
     console.print(f"Arithmetic  {arithmetic} in {plan.steps:,} steps")

@@ -119,3 +119,43 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 @pytest.mark.parametrize(("number", "text"), [(0.000123456, "0.000123"), (1.5, "1.50"), (123.4, "123"), (98_765.0, "98,800"), (0.0, "0")])
 def test_numbers_keep_three_digits(number, text):
     assert plan.rounded(number) == text
+
+
+def test_checkpointed_activations_leave_one_layer_and_what_goes_into_the_others():
+    config = resolve(SHAPES[0] | {"n_layer": 8, "context_length": 128, "dropout": 0.2, "steps": 1})
+    deep, one = (config.model.model_copy(update={"n_layer": layers}) for layers in (8, 1))
+    how, tokens = {"half": False, "fused": False}, 4 * 128
+    checkpointed = config.training.model_copy(update={"checkpoint_activations": True})
+    kept = plan.memory(deep, checkpointed, 65, 4, **how)["activations"] - plan.memory(one, config.training, 65, 4, **how)["activations"]
+    assert kept == 8 * tokens * 4 * deep.n_embd
+
+
+def test_a_batch_is_halved_until_it_fits_and_then_activations_are_checkpointed():
+    config = resolve({"n_layer": 8, "steps": 1, "batch_size": 24})
+    how = {"half": False, "fused": True}
+
+    def needed(rows, checkpoints=False):
+        training = config.training.model_copy(update={"checkpoint_activations": checkpoints})
+        return 1.2 * sum(plan.memory(config.model, training, 65, rows, **how).values())
+
+    def chosen(room, **given):
+        found, _ = plan.fit(config.model, config.training.model_copy(update=given), 65, 24, room, **how)
+        return found.micro_batch_size, found.checkpoint_activations
+
+    assert chosen(None) == chosen(needed(24)) == (24, False)
+    assert chosen(needed(24) - 1) == chosen(needed(12)) == (12, False)
+    assert [chosen(needed(rows)) for rows in (6, 3, 2, 1)] == [(6, False), (3, False), (2, False), (1, False)]
+    assert needed(1, True) < needed(1)
+    assert chosen(needed(1) - 1) == (next(rows for rows in (24, 12, 6, 3, 2, 1) if needed(rows, True) < needed(1)), True)
+    assert chosen(0) == (1, True)
+    assert chosen(needed(2), micro_batch_size=6) == (6, True)
+    assert chosen(0, micro_batch_size=6, checkpoint_activations=False) == (6, False)
+    assert chosen(None, micro_batch_size=99) == (24, False)
+
+
+def test_long_contexts_take_memory_in_proportion():
+    for more in ({"arch": "modern", "dropout": 0.0}, {"arch": "modern", "dropout": 0.0, "window": 100}, {"dropout": 0.2}):
+        near, far = (resolve(more | {"context_length": T, "batch_size": 1, "steps": 1}) for T in (8192, 16384))
+        sizes = [sum(plan.memory(c.model, c.training, 65, 1, half=False, fused=True).values()) for c in (near, far)]
+        fixed = 16 * sum(plan.parameters(far.model, 65).values())
+        assert (sizes[1] - fixed) / (sizes[0] - fixed) < 2.1
