@@ -17,7 +17,7 @@ from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 
 import nanogpt
-from nanogpt.config import Config, PlaceConfig, SamplingConfig, explain, flatten, resolve
+from nanogpt.config import Config, PlaceConfig, SamplingConfig, explain, flatten, preset_settings, resolve
 from nanogpt.errors import Notice, UserError
 
 Settings = Annotated[Config, Parameter(name="*")]
@@ -32,8 +32,8 @@ app = App(name="nanogpt", version=nanogpt.__version__, help="Train a GPT on your
 
 @app.command
 def train(
-    *text: str, out: Path | None = None, config: Path | None = None, preset: str | None = None, resume: Switch = False, overwrite: Switch = False,
-    settings: Settings = Config(),
+    *text: str, out: Path | None = None, config: Path | None = None, preset: str | None = None, init_from: Path | None = None,
+    resume: Switch = False, overwrite: Switch = False, settings: Settings = Config(),
 ) -> None:  # fmt: skip
     """Train a model on a text; watch it learn. Ctrl-C saves and stops.
 
@@ -46,7 +46,9 @@ def train(
     config
         A TOML file of settings, such as the config.toml of another run; flags override it.
     preset
-        Settings known by a name: classic is the seed's recipe.
+        Settings known by a name: classic (the seed's recipe), gpt2, gpt2-medium, gpt2-large, gpt2-xl; modern and modern-gpt2 are as large.
+    init_from
+        A run folder or a model file to go on from, on this text: its shape and its tokens stay; only a modern model can look back on more than before.
     resume
         Go on with the run in the folder, exactly where it was saved; it needs no text.
     overwrite
@@ -61,8 +63,9 @@ def train(
     run = out or Path("runs") / _run_name(text[0])
     try:
         library.train(
-            text, run, config=config, preset=preset, resume=resume, overwrite=overwrite, begun=begun, on_event=terminal, **flatten(settings, explicit=True)
-        )
+            text, run, config=config, preset=preset, init_from=init_from, resume=resume, overwrite=overwrite, begun=begun, on_event=terminal,
+            **flatten(settings, explicit=True),
+        )  # fmt: skip
     finally:
         terminal.close()
 
@@ -127,8 +130,8 @@ def sample(
 
 @app.command(name="eval")
 def evaluate(
-    model: Path, /, *text: str, context_length: int | None = None, encoding: str | None = None, as_json: AsJson = False,
-    machine: PlaceSettings = PlaceConfig(),
+    model: Path, /, *text: str, context_length: int | None = None, encoding: str | None = None, by_position: Switch = False,
+    as_json: AsJson = False, machine: PlaceSettings = PlaceConfig(),
 ) -> None:  # fmt: skip
     """Measure a model on a text, next to n-gram baselines.
 
@@ -142,29 +145,39 @@ def evaluate(
         Look back on fewer tokens than the model can.
     encoding
         Encoding of the text files.
+    by_position
+        Also the loss by how far into its context a token stands, which shows whether a longer context helps.
     as_json
         One JSON object instead of a table.
     """
     from nanogpt import library, report
 
     _end_quietly_with_the_reader()
-    result = library.load(model, **machine.model_dump(exclude_unset=True)).evaluate(*text, context_length=context_length, encoding=encoding)
+    result = library.load(model, **machine.model_dump(exclude_unset=True)).evaluate(
+        *text, context_length=context_length, encoding=encoding, by_position=by_position
+    )
     if as_json:
         numbers = {"val_loss": result.val_loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens, "baselines": result.baselines}
+        if by_position:
+            numbers["loss_by_position"] = [asdict(bucket) for bucket in result.by_position]
         print(json.dumps(numbers | {"verdict": result.verdict.asdict() if result.verdict else None}))
     else:
         report.show_evaluation(result, result.baselines, result.verdict, str(model))
+        if by_position:
+            report.show_by_position(result.by_position)
 
 
 @app.command
 def plan(
-    *, vocab_size: int = 65, text_bytes: int | None = None, gpu: str | None = None, gpus_per_node: int = 1, nodes: int = 1, as_json: AsJson = False,
-    settings: Settings = Config(),
+    *, preset: str | None = None, vocab_size: int = 65, text_bytes: int | None = None, gpu: str | None = None, gpus_per_node: int = 1, nodes: int = 1,
+    as_json: AsJson = False, settings: Settings = Config(),
 ) -> None:  # fmt: skip
     """Say what a run would take: parameters, memory, arithmetic and time; here, or on GPUs that are not here.
 
     Parameters
     ----------
+    preset
+        Settings known by a name, as for train.
     vocab_size
         Different tokens; the default is that of English letters and punctuation.
     text_bytes
@@ -184,7 +197,7 @@ def plan(
     counts = {"--vocab-size": vocab_size, "--text-bytes": 1 if text_bytes is None else text_bytes, "--gpus-per-node": gpus_per_node, "--nodes": nodes}
     if wrong := [f"{name} {count}" for name, count in counts.items() if count < 1]:
         raise UserError(f"{', '.join(wrong)}: it takes 1 or more.")
-    given = flatten(settings, explicit=True)
+    given = preset_settings(preset) | flatten(settings, explicit=True)
     settled = resolve(given, complete=False)
     here: tuple[str, float, float | None] = ("", 0.0, None)  # which takes no measuring
     if gpu is None:

@@ -26,7 +26,7 @@ from nanogpt.model import GPT
 from nanogpt.optim import Optimizer, schedule
 from nanogpt.plan import PRECISION, fit
 from nanogpt.prepare import Prepared
-from nanogpt.report import Evaluated, Event, Finished, Interrupted, Sampled, Saved, Saving, Stepped
+from nanogpt.report import Began, Evaluated, Event, Finished, Interrupted, Sampled, Saved, Saving, Stepped
 
 SAVE_SECONDS = 300.0  # at most so long between two saves, also where evaluations are further apart
 LONGEST_WARMUP = 0.1  # of the run: a shorter run than the settings had in mind is not to end before its rate has risen
@@ -47,6 +47,7 @@ class Position:
     expected_steps: float = 0.0  # that the run was taken to have when it began: all of them, or as many as seemed to fit into its time
     nats: float = 0.0  # training loss since the last evaluation, as a sum
     tokens: int = 0  # and a count
+    before: float | None = None  # validation loss of the earlier model that the run began from, if it did
     val_tokens: int | None = None  # that an evaluation during the run takes, None for all: always the same, or "best" would mean nothing
     history: list[Point] = field(default_factory=list)
 
@@ -116,6 +117,8 @@ class Trainer:
             with memory_for(smallest):
                 self.get_ready()
             done = position.step > 0 and self.over()
+        if "init_from" in self.text.about and position.before is None:
+            yield self.measure_first()
         while not done:
             with memory_for(smallest):
                 stepped = self.step()
@@ -301,6 +304,12 @@ class Trainer:
         position.seconds = self.elapsed()
         return Evaluated(point.step, point.train_loss, loss.val_loss, loss.bits_per_byte, loss.tokens, best, position.seconds)
 
+    def measure_first(self) -> Began:
+        """The validation loss before the first step, on the tokens of the evaluations to come."""
+        loss = self.validation_loss(self.model, self.position.val_tokens)
+        self.position.before, self.position.seconds = loss.val_loss, self.elapsed()
+        return Began(0, loss.val_loss, loss.bits_per_byte, loss.tokens, self.position.seconds)
+
     def sample(self, count: int = SAMPLE.max_tokens) -> Sampled:
         """A few words of the model as it is now, always from the same random numbers."""
         unused, settings = self.text.about["unused"], SAMPLE.model_copy(update={"max_tokens": count})
@@ -327,7 +336,7 @@ class Trainer:
         judged = verdict(self.position.history, self.text.about["baselines"], loss.val_loss, self.settings.minutes)
         summary = kept.summary | self.summary(loss) | {"step": kept.summary["step"], "verdict": judged.asdict()}
         checkpoint.save_model(self.run / "model.safetensors", kept.model, self.text.tokenizer, summary)
-        return Finished(self.position.step, kept.summary["step"], loss, self.text.about["baselines"], judged, self.position.seconds)
+        return Finished(self.position.step, kept.summary["step"], loss, self.text.about["baselines"], judged, self.position.seconds, self.position.before)
 
     def summary(self, loss: Loss | None) -> dict[str, Any]:
         """What a model file tells of its training, besides weights, settings and tokenizer; without a loss, before the first evaluation, less."""
