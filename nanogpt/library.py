@@ -34,7 +34,7 @@ from nanogpt.config import (
     resolve,
     resolve_sampling,
     to_toml,
-)  # fmt: skip
+)
 from nanogpt.corpus import expand, findable
 from nanogpt.errors import Notice, UserError
 from nanogpt.evaluate import Loss, PositionLoss, Verdict, evaluate, loss_by_position, ngram_losses

@@ -126,28 +126,32 @@ class Attention(nn.Module):
         return dropout(seen.softmax(dim=3).type_as(scores), self.dropout, key) @ v
 
     def attend_by_blocks(self, q: Tensor, k: Tensor, v: Tensor, key: Tensor | None) -> Tensor:
-        """The same for many queries, which are the last of the S tokens: `QUERIES` at a time, each with the keys that one of them can see.
+        """The same for many queries, which are the last of the S tokens, some at a time: with all keys, or with a window, with those that one of them can see.
 
-        Masks and probabilities are made again in the backward pass, so that never more than those of a block are there.
+        Masks and probabilities are made again in the backward pass, so that never more than those of a block are there. Blocks are of one size, for
+        an allocator that could not use the room of one for a larger one.
         """
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None) -> Tensor:
-            return self.attend(q, k, v, causal_mask(q.shape[2], k.shape[2], q.device, self.window), key)
+        def attend(q: Tensor, k: Tensor, v: Tensor, behind: int, key: Tensor | None) -> Tensor:
+            return self.attend(q, k, v, causal_mask(q.shape[2], k.shape[2], q.device, self.window, behind), key)
 
         parts, (T, S) = [], (q.shape[2], k.shape[2])
-        for begin in range(0, T, QUERIES):
-            block = q[:, :, begin : begin + QUERIES]  # (B, H, queries, D)
+        rows = QUERIES if self.window is not None else max(1, QUERIES**2 // S)
+        for begin in range(0, T, rows):
+            block = q[:, :, begin : begin + rows]  # (B, H, rows, D)
             end = S - T + begin + block.shape[2]
-            first = 0 if self.window is None else max(0, end - block.shape[2] - self.window + 1)
-            inputs = block, k[:, :, first:end], v[:, :, first:end], None if key is None else _mix32(key + begin)
+            first, last = (0, S) if self.window is None else (max(0, end - block.shape[2] - self.window + 1), end)
+            inputs = block, k[:, :, first:last], v[:, :, first:last], last - end, None if key is None else _mix32(key + begin)
             parts.append(checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False))
         return torch.cat(parts, dim=2)
 
 
-def causal_mask(T: int, S: int, device: torch.device, window: int | None = None) -> Tensor:
-    """(T, S), to be added to scores: the last T of S tokens each see themselves (0) and what came before, or its last `window` - 1, and nothing else (-inf)."""
-    mask = torch.full((T, S), -math.inf, device=device).triu(S - T + 1)
-    return mask if window is None else mask + torch.full((T, S), -math.inf, device=device).tril(S - T - window)
+def causal_mask(T: int, S: int, device: torch.device, window: int | None = None, behind: int = 0) -> Tensor:
+    """(T, S), to be added to scores: T tokens, which stand before the last `behind` of S, each see themselves (0) and what came before, or its last
+    `window` - 1, and nothing else (-inf)."""
+    last = S - T - behind  # that the first token sees
+    mask = torch.full((T, S), -math.inf, device=device).triu(last + 1)
+    return mask if window is None else mask + torch.full((T, S), -math.inf, device=device).tril(last - window)
 
 
 def turns(positions: Tensor, head_dim: int, base: float) -> Tensor:

@@ -144,7 +144,7 @@ def memory(model: ModelConfig, training: TrainingConfig, vocab_size: int, rows: 
         if T <= QUERIES:
             attention += model.n_head * T * (4 + b + drops_attention)
         else:  # those of one block of queries, and their gradients
-            block = rows * model.n_head * QUERIES * min(T, QUERIES + (model.window or T)) * (8 + 2 * b + drops_attention)
+            block = rows * model.n_head * QUERIES * (QUERIES + (model.window or 0)) * (8 + 2 * b + drops_attention)
     layers = L * stream + attention + feed_forward if training.checkpoint_activations else L * (attention + feed_forward)
     return {
         "weights": 4 * total + (2 * matrices if half else 0),

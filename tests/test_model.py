@@ -218,6 +218,7 @@ def naive_window(T, window):
 def test_a_window_hides_what_lies_further_back(T, window):
     for seen in range(1, T + 1):
         assert torch.equal(causal_mask(seen, T, torch.device("cpu"), window), naive_window(T, window)[T - seen :])
+        assert torch.equal(causal_mask(1, T, torch.device("cpu"), window, T - seen), naive_window(T, window)[seen - 1 : seen])
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 5])
@@ -227,7 +228,7 @@ def test_attention_by_blocks_is_attention_through_a_mask(make_model, monkeypatch
     model = make_model(arch="modern", window=window, n_head=4, n_kv_head=2)
     model.fuse_attention(False)
     idx = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(network, "causal_mask", lambda T, S, device, _: naive_window(T, window or T))
+    monkeypatch.setattr(network, "causal_mask", lambda T, S, device, _=None: naive_window(T, window or T))
     expected = gradients(model, idx)
     monkeypatch.undo()
     monkeypatch.setattr(network, "QUERIES", queries)
