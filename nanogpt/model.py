@@ -128,22 +128,24 @@ class Attention(nn.Module):
     def attend_by_blocks(self, q: Tensor, k: Tensor, v: Tensor, key: Tensor | None) -> Tensor:
         """The same for many queries, which are the last of the S tokens, some at a time: with all keys, or with a window, with those that one of them can see.
 
-        Masks and probabilities are made again in the backward pass, so that never more than those of a block are there. Blocks are of one size, for
-        an allocator that could not use the room of one for a larger one.
+        Masks and probabilities are made again in the backward pass, so that never more than those of a block are there. Blocks are of one size, and nothing
+        of them stays but in one tensor: else the allocator of a CPU leaves holes between what stays that are too small for the next block.
         """
 
         def attend(q: Tensor, k: Tensor, v: Tensor, behind: int, key: Tensor | None) -> Tensor:
             return self.attend(q, k, v, causal_mask(q.shape[2], k.shape[2], q.device, self.window, behind), key)
 
-        parts, (T, S) = [], (q.shape[2], k.shape[2])
+        y, T, S = torch.empty_like(q), q.shape[2], k.shape[2]
         rows = QUERIES if self.window is not None else max(1, QUERIES**2 // S)
-        for begin in range(0, T, rows):
+        blocks = range(0, T, rows)
+        keys = [None] * len(blocks) if key is None else _mix32(key + torch.arange(len(blocks), dtype=torch.int32, device=key.device).unsqueeze(1)).unbind()
+        for begin, own in zip(blocks, keys, strict=True):
             block = q[:, :, begin : begin + rows]  # (B, H, rows, D)
             end = S - T + begin + block.shape[2]
             first, last = (0, S) if self.window is None else (max(0, end - block.shape[2] - self.window + 1), end)
-            inputs = block, k[:, :, first:last], v[:, :, first:last], last - end, None if key is None else _mix32(key + begin)
-            parts.append(checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False))
-        return torch.cat(parts, dim=2)
+            inputs = block, k[:, :, first:last], v[:, :, first:last], last - end, own
+            y[:, :, begin : begin + rows] = checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return y
 
 
 def causal_mask(T: int, S: int, device: torch.device, window: int | None = None, behind: int = 0) -> Tensor:

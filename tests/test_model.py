@@ -1,5 +1,8 @@
 """The network computes what it says: GPT-2's function, gradients included, cached or not; and dropout by key."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -274,3 +277,35 @@ def test_stretching_by_one_changes_nothing_and_else_slows_the_slowest_turn():
     near, far = (network.turns(torch.arange(9), 16, base) for base in (100.0, stretched_base(100.0, 4.0, 16)))
     torch.testing.assert_close(far[:, :, 0], near[:, :, 0])
     torch.testing.assert_close(far[:, 8, -1], near[:, 2, -1])
+
+
+PEAKS = """
+import resource, sys
+import numpy as np, torch
+from nanogpt import checkpoint, evaluate, machine
+from nanogpt.config import MachineConfig, ModelConfig
+
+place = machine.choose(MachineConfig(device="cpu", dtype="float32", threads=1))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for T in (4096, 8192, 16384):
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "context_length": T} | eval(sys.argv[2])
+    model = checkpoint.empty_model(ModelConfig(**shape), 300, "cpu")
+    model.init_weights(torch.Generator().manual_seed(0))
+    tokens = np.arange(T + 1, dtype=np.uint16) % 300
+    if sys.argv[1] == "train":
+        ids = torch.from_numpy(tokens.astype(np.int64))[None]
+        model.nats(ids[:, :-1], ids[:, 1:], torch.zeros(1, dtype=torch.int32)).backward()
+    else:
+        model.fuse_attention(False)
+        evaluate.evaluate(model, tokens, T, place)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)  # KiB
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is told in other ways")
+@pytest.mark.parametrize(("what", "shape"), [("train", {"arch": "modern"}), ("train", {"arch": "modern", "window": 300}), ("evaluate", {"arch": "classic"})])
+def test_memory_grows_no_faster_than_the_context(what, shape):
+    words = [sys.executable, "-c", PEAKS, what, repr(shape)]
+    near, middle, far = map(int, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
+    assert far - middle < 3 * max(middle - near, 30_000)  # KiB; in proportion it is 2 times, by the square 4
+    assert far < 500_000  # a number for each pair of tokens would be 1 GiB in each head
