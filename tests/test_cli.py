@@ -93,6 +93,13 @@ def test_eval_prints_a_table_or_json(trained, story, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["val_loss"] > 0
     assert answer["bits_per_byte"] > 0
+    assert "loss_by_position" not in answer
+    assert run("eval", trained, "--by-position") == 0
+    assert "position in the context  nats per token  tokens" in capsys.readouterr().out
+    assert run("eval", trained, "--by-position", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    (bucket,) = answer["loss_by_position"]
+    assert bucket == {"first": 0, "last": 15, "nats_per_token": pytest.approx(answer["val_loss"]), "tokens": answer["tokens"]}
 
 
 MISTAKES = {
@@ -105,6 +112,7 @@ MISTAKES = {
     "too short": (["short.txt"], ["too short", "1 to validate on"]),
     "one symbol": (["same.txt"], ["all the same symbol"]),
     "context too long": (["story.txt", "--context-length", "100000"], ["A context of 100000 tokens", "at most"]),
+    "a window for classic": (["story.txt", "--window", "10", "--steps", "1"], ["window = 10 goes with arch = 'modern'"]),
     "heads do not divide": (["story.txt", "--n-embd", "100", "--n-head", "3"], ["n_embd = 100", "n_head = 3", "--n-embd 99"]),
     "misspelt flag": (["story.txt", "--n-layers", "3"], ["Did you mean --n-layer?"]),
     "misspelt command": (None, ["Did you mean", "train"]),
@@ -240,6 +248,19 @@ def test_plan_says_what_a_run_takes(capsys):
     made = json.loads(capsys.readouterr().out)
     assert (made["devices"], made["total_parameters"]) == (16, 10_770_816)
     assert made["exchange_seconds"] > 0
+
+
+def test_plan_knows_presets_and_what_is_computed_at_once(capsys):
+    assert run("plan", "--preset", "gpt2", "--vocab-size", 50257, "--gpu", "h100", "--json") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["total_parameters"], made["tokens_per_step"]) == (124_439_808, 512 * 1024)
+    assert 1 < made["micro_batch_size"] < 512
+    assert made["total_memory"] < made["device_memory"] == 80e9
+    assert not made["checkpoint_activations"]
+    assert run("plan", "--preset", "gpt2-xl", "--n-layer", 2, "--gpu", "t4", "--batch-size", 4) == 0
+    assert "windows at a time" in capsys.readouterr().out
+    assert run("plan", "--preset", "gpt3") == 2
+    assert "The presets: classic, gpt2, gpt2-medium, gpt2-large, gpt2-xl, modern" in capsys.readouterr().err
 
 
 def test_plan_by_the_clock_plans_what_train_would_do(capsys, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanogpt import checkpoint, plan
-from nanogpt.config import ModelConfig, resolve
+from nanogpt.config import PRESETS, ModelConfig, preset_settings, resolve
 from nanogpt.errors import UserError
 from nanogpt.optim import Optimizer
 
@@ -27,9 +27,19 @@ def test_parameters_are_those_of_the_network(shape):
     assert sum(plan.parameters(config, 65).values()) == sum(p.numel() for p in checkpoint.empty_model(config, 65, "meta").parameters())
 
 
-def test_gpt2_has_as_many_parameters_as_was_published():
-    config = ModelConfig(n_layer=12, n_head=12, n_embd=768, context_length=1024)
-    assert sum(plan.parameters(config, 50257).values()) == 124_439_808
+@pytest.mark.parametrize(("preset", "count"), [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)])
+def test_gpt2_has_as_many_parameters_as_was_published_and_twenty_tokens_for_each(preset, count):
+    config = resolve(preset_settings(preset))
+    assert sum(p.numel() for p in checkpoint.empty_model(config.model, 50257, "meta").parameters()) == count
+    assert sum(plan.parameters(config.model, 50257).values()) == count
+    assert config.training.steps * config.training.batch_size * 1024 / count == pytest.approx(20, rel=0.06)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_whole(preset):
+    config = resolve(preset_settings(preset))
+    assert checkpoint.empty_model(config.model, 65, "meta").blocks[config.model.n_layer - 1].attn.head_dim == 64
+    assert config.model.context_length == (1024 if "gpt2" in preset else 256)
 
 
 def test_flops_of_the_seeds_recipe_by_hand():
