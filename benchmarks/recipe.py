@@ -30,7 +30,7 @@ GRID = [  # layers, width, steps, times the recipe's learning rates, dropout, sh
     *((3, 96, steps, rate, 0.0, 1.0) for steps in (150, 1350) for rate in (0.5, 2.0)),
     *((4, 128, 450, 1.0, dropout, 0.05) for dropout in (0.0, 0.1, 0.2)),
     *((n_layer, n_embd, 450, 1.0, 0.0, 0.05) for n_layer, n_embd in ((2, 64), (3, 96))),
-    *((4, 128, steps, 1.0, dropout, 0.25) for steps in (450, 900, 1350) for dropout in (0.0, 0.1, 0.2)),
+    *((4, 128, steps, 1.0, dropout, 0.25) for steps in (450, 900, 1350) for dropout in (0.0, 0.1)),
 ]
 FIELDS = ["text", "n_layer", "n_embd", "steps", "rate", "dropout", "share", "train_tokens", "parameters", "tokens", "val_loss"]
 KEY = FIELDS[1:7]

@@ -14,7 +14,7 @@ SURFACE = {
     "train": "--arch --attention --batch-size --checkpoint-activations --compile --config --context-length --cooldown --deterministic --device --dropout "
     "--dtype --encoding --eval-every --grad-clip --init-from --learning-rate --matrix-learning-rate --micro-batch-size --minutes --n-embd "
     "--n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --optimizer --out --overwrite --patience --preset --resume "
-    "--rope-base --seed --steps --threads --tokenizer --val --val-bytes --warmup-steps --weight-decay --window",
+    "--rope-base --seed --steps --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay --window",
     "plan": "--arch --attention --batch-size --checkpoint-activations --compile --context-length --cooldown --deterministic --device --dropout --dtype "
     "--encoding --eval-every --gpu --gpus-per-node --grad-clip --json --learning-rate --matrix-learning-rate --micro-batch-size --minutes "
     "--n-embd --n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --nodes --optimizer --patience --preset --rope-base --seed "
@@ -22,7 +22,7 @@ SURFACE = {
     "bench": "--arch --attention --batch-size --checkpoint-activations --compile --context-length --cooldown --deterministic --device --dropout --dtype "
     "--encoding --eval-every --grad-clip --json --learning-rate --matrix-learning-rate --micro-batch-size --minutes --n-embd --n-head --n-kv-head "
     "--n-layer --no-checkpoint-activations --no-compile --optimizer --patience --rope-base --seed --steps --threads --tokenizer --val --val-bytes "
-    "--warmup-steps --weight-decay --window",
+    "--vocab-size --warmup-steps --weight-decay --window",
     "sample": "--device --dtype --encoding --json --max-tokens --min-p --n --prompt --prompt-file --seed --stop --strict --temperature --threads "
     "--top-k --top-p",
     "eval": "--by-position --context-length --device --dtype --encoding --json --threads",
@@ -100,6 +100,7 @@ def test_eval_prints_a_table_or_json(trained, story, capsys):
     answer = json.loads(capsys.readouterr().out)
     (bucket,) = answer["loss_by_position"]
     assert bucket == {"first": 0, "last": 15, "nats_per_token": pytest.approx(answer["val_loss"]), "tokens": answer["tokens"]}
+    assert answer["word_perplexity"] > 1
 
 
 MISTAKES = {
@@ -122,6 +123,10 @@ MISTAKES = {
     "not TOML": (["story.txt", "--config", "broken.toml"], ["cannot be read"]),
     "no such TOML": (["story.txt", "--config", "absent.toml"], ["absent.toml", "cannot be read"]),
     "cuda without a GPU": (["story.txt", "--device", "cuda"], ["--device cuda is not available", "It can use: cpu"]),
+    "unknown tokenizer": (["story.txt", "--tokenizer", "bpee"], ["tokenizer = 'bpee'", "char, byte, word, bpe", "did you mean bpe."]),
+    "no such tokenizer": (["story.txt", "--tokenizer", "none/tokenizer.json"], ["no tokenizer", "none/tokenizer.json"]),
+    "size of characters": (["story.txt", "--vocab-size", "300"], ["--vocab-size 300 does not go with --tokenizer char"]),
+    "vocabulary too large": (["story.txt", "--tokenizer", "bpe", "--vocab-size", "9999"], ["The text supports", "not --vocab-size 9999"]),
     "occupied folder": (["story.txt", "--out", "occupied"], ["not a run of nanogpt", "thesis.tex"]),
 }
 
@@ -273,7 +278,7 @@ def test_plan_by_the_clock_plans_what_train_would_do(capsys, monkeypatch):
     ("words", "answer"),
     [
         (["plan", "--text-bytes", 0], "--text-bytes 0: it takes 1 or more"),
-        (["plan", "--nodes", -1, "--vocab-size", 0], "--vocab-size 0, --nodes -1: it takes 1 or more"),
+        (["plan", "--nodes", -1, "--gpus-per-node", 0], "--gpus-per-node 0, --nodes -1: it takes 1 or more"),
         (["plan", "--gpu", "abacus"], "no GPU 'abacus'"),
         (["bench", "--n-embd", 100, "--n-head", 3], "cannot be shared among"),
     ],
