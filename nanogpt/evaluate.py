@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -220,3 +221,34 @@ def _steps_to(loss: float, history: Sequence[Point]) -> int:
     doublings = (last.val_loss - loss) / gain if gain and gain > 0 else 1.0
     steps = last.step * 2 ** min(doublings, math.log2(100))
     return int(float(f"{steps:.1e}"))
+
+
+@dataclass(frozen=True)
+class PositionLoss:
+    """The mean loss of the tokens from position `first` to `last` of their contexts; the first token of a window has position 0 and one token before it."""
+
+    first: int
+    last: int
+    nats_per_token: float
+    tokens: int
+
+
+@torch.inference_mode()
+def loss_by_position(model: GPT, tokens: np.ndarray, machine: Machine, context_length: int | None = None) -> list[PositionLoss]:
+    """The loss over all of `tokens` (N,), N >= 2, in the windows of `evaluate`, by position in the window: 0 to 15, 16 to 31, 32 to 63, and so on."""
+    T = min(context_length or model.config.context_length, len(tokens) - 1)
+    nats, counts = torch.zeros(T, dtype=torch.float64), torch.zeros(T, dtype=torch.int64)
+    step = max(1, BATCH_TOKENS // T) * T
+    for start in range(0, len(tokens) - 1, step):
+        piece = torch.from_numpy(tokens[start : start + step + 1].astype(np.int64)).to(machine.device)
+        behind = len(piece) - 1
+        whole = behind // T * T  # in windows of T; the last may be shorter
+        for first, last, length in ((0, whole, T), (whole, behind, behind - whole)):
+            if first == last:
+                continue
+            idx, targets = (piece[first + shift : last + shift].view(-1, length) for shift in (0, 1))  # (B, T)
+            with machine.autocast():
+                nats[:length] += model.nats_of_each(idx, targets).sum(dim=0).cpu().double()
+            counts[:length] += len(idx)
+    edges = [0, *(edge for power in range(4, 64) if (edge := 2**power) < T), T]
+    return [PositionLoss(a, b - 1, (nats[a:b].sum() / counts[a:b].sum()).item(), int(counts[a:b].sum())) for a, b in pairwise(edges)]

@@ -10,7 +10,9 @@ they fit into a tenth, or the last tenth of all, where no such choice comes near
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +22,7 @@ import numpy as np
 from nanogpt.config import TextConfig
 from nanogpt.corpus import CHUNK, Document, expand, findable
 from nanogpt.data import open_tokens, token_dtype
-from nanogpt.errors import UserError
+from nanogpt.errors import Notice, UserError
 from nanogpt.evaluate import ngram_losses
 from nanogpt.files import cache_dir, discard, replacing, require_space, sweep
 from nanogpt.tokenizer import Tokenizer, train_tokenizer
@@ -44,14 +46,17 @@ class Prepared:
     about: dict[str, Any]
 
 
-def prepare(sources: Sequence[str], settings: TextConfig) -> Prepared:
-    """Make the tokens of a text, or reuse the cached ones.
+def prepare(sources: Sequence[str], settings: TextConfig, tokenizer: Tokenizer | None = None) -> Prepared:
+    """Make the tokens of a text, or reuse the cached ones; those of a given `tokenizer`, or of one that is made from the text. Says what a given one lacks.
 
     Errors: `UserError` when a source is not there or not text, when the text is too short, or when the disk is full.
     """
     documents, validation = expand(sources, settings.encoding), expand([settings.val] if settings.val else [], settings.encoding)
     scan = _Scan(documents)
-    tokenizer = train_tokenizer(settings.tokenizer, scan, settings.vocab_size)
+    if tokenizer is None:
+        tokenizer = train_tokenizer(settings.tokenizer, scan, settings.vocab_size)
+    else:
+        _note_unknown(scan, tokenizer)
     held_out = _Scan(validation)
     for _ in held_out:
         pass
@@ -104,6 +109,20 @@ class _Scan:
             if len(self.documents) > 1:  # names decide the split; a lone text may be called anything
                 digest.update(f"\0{document.name}\0{size}".encode())
         self.fingerprint = digest.hexdigest()
+
+
+def _note_unknown(chunks: Iterable[str], tokenizer: Tokenizer) -> None:
+    """Read a text, and warn of the characters that a tokenizer has no token for."""
+    counts: Counter[str] = Counter()
+    for chunk in chunks:
+        counts.update(chunk)
+    unknown = {letter: counts[letter] for _, letter in tokenizer.unknown("".join(sorted(counts)))}
+    if unknown:
+        most = ", ".join(f"{letter!r} {count:,} times" for letter, count in Counter(unknown).most_common(5))
+        warnings.warn(
+            f"The model has no token for {len(unknown)} of the {len(counts)} different characters of the text, which are {sum(unknown.values()):,} of its "
+            f"{sum(counts.values()):,} characters ({most}{', …' if len(unknown) > 5 else ''}): they are spelled by their bytes.", Notice, stacklevel=3
+        )  # fmt: skip
 
 
 def _write(folder: Path, scan: _Scan, held_out: _Scan, tokenizer: Tokenizer, val_bytes: int) -> None:

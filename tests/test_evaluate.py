@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanogpt import evaluate as module
-from nanogpt.evaluate import Loss, Point, evaluate, ngram_losses, verdict
+from nanogpt.evaluate import Loss, Point, evaluate, loss_by_position, ngram_losses, verdict
 
 TOKENS = np.random.default_rng(0).integers(0, 11, 100).astype(np.uint8)
 
@@ -206,3 +206,27 @@ def test_one_evaluation_is_judged_without_a_trend():
 
 def test_a_run_that_came_apart_is_not_healthy():
     assert verdict(history((2.0, 2.0), (3.0, 3.0), (4.0, 4.0)), {"trigram": 3.0}).kind != "healthy"
+
+
+@pytest.mark.parametrize(("length", "context_length"), [(100, None), (97, None), (33, None), (9, None), (100, 20)])
+def test_loss_by_position_adds_up_to_the_loss(make_model, place, length, context_length):
+    model = make_model(context_length=40)
+    tokens = np.random.default_rng(0).integers(0, 11, length).astype(np.uint16)
+    whole = evaluate(model, tokens, length, place, context_length)
+    buckets = loss_by_position(model, tokens, place, context_length)
+    T = min(context_length or 40, length - 1)
+    assert [bucket.first for bucket in buckets] == [edge for edge in (0, 16, 32) if edge < T]
+    assert [bucket.last for bucket in buckets] == [edge - 1 for edge in (16, 32) if edge < T] + [T - 1]
+    assert sum(bucket.tokens for bucket in buckets) == whole.tokens == length - 1
+    assert sum(bucket.nats_per_token * bucket.tokens for bucket in buckets) == pytest.approx(whole.nats, rel=1e-5)
+
+
+def test_loss_by_position_is_that_of_each_position(make_model, place):
+    model = make_model(context_length=40)
+    tokens = np.random.default_rng(0).integers(0, 11, 81).astype(np.uint16)
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    each = torch.nn.functional.cross_entropy(model(ids[:-1].view(2, 40)).transpose(1, 2), ids[1:].view(2, 40), reduction="none")
+    for bucket in loss_by_position(model, tokens, place):
+        part = each[:, bucket.first : bucket.last + 1]
+        assert bucket.nats_per_token == pytest.approx(part.mean().item(), rel=1e-5)
+        assert bucket.tokens == part.numel()

@@ -16,10 +16,11 @@ import torch
 from conftest import TINY
 
 import nanogpt
-from nanogpt import checkpoint, evaluate, library, machine, trainer
+from nanogpt import checkpoint, config, evaluate, library, machine, plan, trainer
 from nanogpt.config import ModelConfig
 from nanogpt.errors import Notice, UserError
 from nanogpt.files import cache_dir
+from nanogpt.model import GPT
 from nanogpt.report import Evaluated, Finished, Sampled, Saved, Saving, Started, Stepped
 from nanogpt.tokenizer import train_tokenizer
 
@@ -533,8 +534,76 @@ def test_out_of_memory_says_what_to_lower(story, tmp_path, monkeypatch):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9999 bytes")
 
     monkeypatch.setattr("nanogpt.model.GPT.nats", nats)
-    with pytest.raises(UserError, match=r"not enough memory for a step of 4 windows of 16 tokens[\s\S]*Lower --batch-size"):
+    expected = pytest.raises(UserError, match=r"not enough memory for one window of 16 tokens at a time: .*9999 bytes\nLower --context-length")
+    with expected, pytest.warns(Notice, match="as many tokens as before"):
         nanogpt.train(story, tmp_path / "run", **RUN)
+
+
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+@pytest.mark.parametrize("micro_batch_size", [8, 5])
+def test_a_batch_in_parts_is_the_same_batch(story, tmp_path, arch, micro_batch_size):
+    settings = RUN | {"arch": arch, "batch_size": 32, "steps": 5, "eval_every": 5, "dropout": 0.3}
+    rows = []
+    for name, more in (("whole", {}), ("parts", {"micro_batch_size": micro_batch_size})):
+        nanogpt.train(story, tmp_path / name, **settings | more)
+        rows.append([(row["train_loss"], row.get("grad_norm", 0.0), row.get("val_loss", 0.0)) for row in timeless(tmp_path / name)])
+    assert rows[0] != rows[1]
+    for whole, parts in zip(*rows, strict=True):
+        assert parts == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize(("most", "written"), [(2, {"micro_batch_size": 2}), (0, {"micro_batch_size": 1, "checkpoint_activations": True})])
+def test_where_memory_runs_out_fewer_windows_are_taken_at_once_and_resume_knows(story, tmp_path, monkeypatch, most, written):
+    nats, freed = GPT.nats, []
+
+    def short_of_memory(self, idx, targets, keys=None):
+        if keys is not None and len(idx) > most and not self.checkpoints:
+            freed.append(len(idx))
+            raise RuntimeError("CUDA out of memory. Tried to allocate 9999 bytes")
+        return nats(self, idx, targets, keys)
+
+    monkeypatch.setattr("nanogpt.model.GPT.nats", short_of_memory)
+    settings = RUN | {"steps": 20, "eval_every": 10}
+    with pytest.warns(Notice, match="as many tokens as before"), pytest.raises(KeyboardInterrupt):
+        nanogpt.train(story, tmp_path / "run", on_event=stop_at(13, signal.SIGINT), **settings)
+    assert freed == [4] if most else [4, 2, 1]
+    assert written.items() <= config.read_toml(tmp_path / "run").items()
+    monkeypatch.undo()
+    nanogpt.train(out=tmp_path / "run", resume=True)
+    nanogpt.train(story, tmp_path / "whole", **settings | written)
+    same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_the_estimate_of_memory_chooses_before_the_first_step_and_resume_repeats_it(story, tmp_path, monkeypatch):
+    settings = RUN | {"n_embd": 64, "context_length": 64, "batch_size": 32, "steps": 6, "eval_every": 3}
+    whole, small = (memory_of_a_step(story, settings | {"micro_batch_size": rows}) for rows in (32, 8))
+    monkeypatch.setattr(machine, "free_memory", lambda device: 1.21 * small)
+    events = []
+    with pytest.raises(KeyboardInterrupt):
+        nanogpt.train(story, tmp_path / "run", on_event=lambda event: events.append(event) or stop_at(4, signal.SIGINT)(event), **settings)
+    assert events[0].config.training.micro_batch_size == 8
+    assert events[0].memory == small < events[0].free_memory < whole
+    assert [choice.value for choice in events[0].choices if choice.name == "micro_batch_size"] == [8]
+    monkeypatch.undo()
+    nanogpt.train(out=tmp_path / "run", resume=True)
+    nanogpt.train(story, tmp_path / "whole", **settings | {"micro_batch_size": 8})
+    same(tmp_path / "run", tmp_path / "whole")
+
+
+def memory_of_a_step(story, settings):
+    """The bytes of a step on the story, by the estimate."""
+    settled = config.resolve(settings)
+    vocab_size, rows = len(set(story.read_text())) + 257, settings["micro_batch_size"]
+    return sum(plan.memory(settled.model, settled.training, vocab_size, rows, half=False, fused=True).values())
+
+
+def test_too_little_memory_for_one_window_is_said_before_anything_is_written(story, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "free_memory", lambda device: 10_000.0)
+    with pytest.raises(UserError, match=r"even with one window of 16 tokens at a time: it takes about .* GB, and 1e-05 GB are free.\nLower --context-length"):
+        nanogpt.train(story, tmp_path / "run", **RUN)
+    with pytest.raises(UserError, match=r"even with 4 windows .*\nLower --micro-batch-size"):
+        nanogpt.train(story, tmp_path / "run", micro_batch_size=4, **RUN)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_is_not_measured_on_the_tokens_of_another(story, tmp_path, whole):
