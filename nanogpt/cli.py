@@ -6,6 +6,7 @@ In: words. Out: an exit code: 0; 2 for a `UserError`; 130 or 143 after a signal.
 import json
 import math
 import re
+import shutil
 import signal
 import sys
 import time
@@ -167,6 +168,29 @@ def evaluate(
         report.show_evaluation(result, result.baselines, result.verdict, str(model))
         if by_position:
             report.show_by_position(result.by_position)
+
+
+@app.command
+def compare(*run: Path, as_json: AsJson = False, plot: Path | None = None) -> None:
+    """Lay runs side by side: the settings that differ, and what came of them; over seeds the mean with its spread.
+
+    Parameters
+    ----------
+    run
+        Run folders.
+    as_json
+        One JSON object instead of a table.
+    plot
+        Write the curves to this HTML file, over time or over tokens; it needs no network.
+    """
+    from nanogpt import compare as side_by_side
+    from nanogpt.files import write_text
+
+    found = side_by_side.compare(run)
+    if plot is not None:
+        write_text(plot, side_by_side.plot(found))
+    _end_quietly_with_the_reader()
+    print(json.dumps(found.asdict()) if as_json else side_by_side.table(found, shutil.get_terminal_size().columns), end="\n" if as_json else "")
 
 
 @app.command

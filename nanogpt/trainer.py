@@ -334,7 +334,7 @@ class Trainer:
         else:
             loss = self.validation_loss(kept.model, None)
         judged = verdict(self.position.history, self.text.about["baselines"], loss.val_loss, self.settings.minutes)
-        summary = kept.summary | self.summary(loss) | {"step": kept.summary["step"], "verdict": judged.asdict()}
+        summary = kept.summary | self.summary(loss) | {"step": kept.summary["step"], "verdict": judged.asdict(), "finished": self.position.step}
         checkpoint.save_model(self.run / "model.safetensors", kept.model, self.text.tokenizer, summary)
         return Finished(self.position.step, kept.summary["step"], loss, self.text.about["baselines"], judged, self.position.seconds, self.position.before)
 

@@ -26,6 +26,7 @@ SURFACE = {
     "sample": "--device --dtype --encoding --json --max-tokens --min-p --n --prompt --prompt-file --seed --stop --strict --temperature --threads "
     "--top-k --top-p",
     "eval": "--by-position --context-length --device --dtype --encoding --json --threads",
+    "compare": "--json --plot",
 }
 SMALL = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | {"steps": 4, "eval_every": 2, "dropout": 0}).items()]
 

@@ -12,7 +12,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"library", "bench"},
-    {"trainer", "finetune"},
+    {"trainer", "finetune", "compare"},
     {"prepare", "recipe", "generate", "report"},
     {"checkpoint", "evaluate", "plan"},
     {"data", "optim", "machine", "tokenizer", "model"},
