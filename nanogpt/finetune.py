@@ -19,8 +19,8 @@ SHAPE = ("arch", "n_layer", "n_head", "n_kv_head", "n_embd")  # what a run that 
 
 def earlier_model(path: str | os.PathLike[str], settings: dict[str, Any]) -> checkpoint.Parts:
     """The model that a run begins from. Errors: `UserError` where there is none, or where the settings ask for another tokenizer."""
-    if "tokenizer" in settings:
-        raise UserError("A model keeps its tokenizer, with which it has learned.", "Leave out --tokenizer, or --init-from.")
+    if {"tokenizer", "vocab_size"} & settings.keys():
+        raise UserError("A model keeps its tokenizer, with which it has learned.", "Leave out --tokenizer and --vocab-size, or --init-from.")
     return checkpoint.load(os.fspath(path))
 
 

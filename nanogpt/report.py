@@ -244,6 +244,8 @@ class Terminal:
         self.last_line = time.perf_counter()
         size = text["train_bytes"] + text["val_bytes"]
         tokens = {"char": "chars", "byte": "bytes"}.get(event.config.text.tokenizer) or f"tokens ({os.path.basename(event.config.text.tokenizer)})"
+        if "init_from" in text:  # and so are they
+            tokens = "tokens"
         names = ", ".join(os.path.basename(source) for source in text["sources"][:3])
         rows = {
             "Text": f"{names}: {size:,} bytes, {text['symbols']:,} different {tokens}; {text['split']}",
