@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt import corpus
-from nanogpt.corpus import Document, expand
+from nanogpt.corpus import Source, expand, formats, sources
+from nanogpt.corpus.encoding import MARKS, SIGNATURES
 from nanogpt.errors import Notice, UserError
 from nanogpt.files import cache_dir
 
@@ -32,7 +32,7 @@ LINES = "a\nb\r\nc\rd\x0be\x0cf\x1cg\x85h\u2028i\u2029j\n\n"
 
 
 def read(content: bytes, encoding: str | None = None) -> str:
-    return "".join(Document("text", lambda: io.BytesIO(content), encoding).chunks())
+    return "".join(Source("text", lambda: io.BytesIO(content), encoding).chunks())
 
 
 def names(*sources: object) -> list[str]:
@@ -57,7 +57,7 @@ def folder(tmp_path):
 @contextmanager
 def in_chunks_of(size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "CHUNK", size)
+        patch.setattr(formats, "CHUNK", size)
         yield
 
 
@@ -98,7 +98,7 @@ def test_a_hidden_folder_may_be_named(folder):
 
 
 def test_what_is_not_text_is_left_out_of_a_folder_with_one_notice(folder):
-    for name, content in {"photo.jpg": b"\xff\xd8\xff\xe0", "data.bin": b"a\0b", "x.zip": b"PK\x03\x04", "y.gz": b"\x1f\x8b\x08"}.items():
+    for name, content in {"photo.jpg": b"\xff\xd8\xff\xe0", "data.bin": b"a\0b", "x.zip": b"PK\x03\x04", "y.7z": b"7z\xbc\xaf"}.items():
         (folder / name).write_bytes(content)
     with pytest.warns(Notice) as notices:
         assert names(folder) == ["a.md", "b.txt", "sub/c.txt", "sub/deep/d"]
@@ -189,7 +189,7 @@ def test_a_path_that_exists_comes_before_a_built_in_text(tmp_path, monkeypatch):
 def test_shakespeare_offline_says_where_the_file_can_be_put(offline):
     with pytest.raises(UserError) as caught:
         expand(["shakespeare"])
-    assert corpus.SHAKESPEARE_URL in str(caught.value)
+    assert sources.SHAKESPEARE_URL in str(caught.value)
     assert str(cache_dir() / "shakespeare.txt") in str(caught.value)
 
 
@@ -199,7 +199,7 @@ def test_shakespeare_is_taken_from_the_cache_and_checked(offline, monkeypatch):
     path.write_bytes(b"To be, or not to be")
     with pytest.raises(UserError, match=r"not Tiny Shakespeare: its SHA-256 is .*\n.*Remove"):
         expand(["shakespeare"])
-    monkeypatch.setattr(corpus, "SHAKESPEARE_SHA256", hashlib.sha256(b"To be, or not to be").hexdigest())
+    monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(b"To be, or not to be").hexdigest())
     assert names("shakespeare") == ["shakespeare"]
 
 
@@ -212,14 +212,14 @@ def test_a_wrong_download_is_not_kept(monkeypatch):
 
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE])
 def test_utf_8_and_utf_16_give_the_same_characters_and_keep_line_ends(mark):
-    encoding = corpus.MARKS.get(mark, "utf-8")
+    encoding = MARKS.get(mark, "utf-8")
     assert read(mark + (LINES + "Grüße 日本 👩‍👩‍👧").encode(encoding)) == LINES + "Grüße 日本 👩‍👩‍👧"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-16", "utf-8-sig", "utf-32", "cp1252", "latin-1"])
 def test_an_encoding_that_is_given_is_used_and_its_mark_is_no_text(encoding):
     assert read(FRENCH.encode(encoding), encoding) == FRENCH
-    if mark := {name: mark for mark, name in corpus.MARKS.items()}.get(encoding):
+    if mark := {name: mark for mark, name in MARKS.items()}.get(encoding):
         assert read(mark + FRENCH.encode(encoding), encoding) == FRENCH
 
 
@@ -245,10 +245,10 @@ def test_chunk_borders_change_nothing(text, size, encoding):
         assert read(text.encode(encoding), encoding) == text.removeprefix("\ufeff" if encoding == "utf-8" else "")
 
 
-@given(st.text(), st.integers(4, 9), st.sampled_from(sorted(corpus.MARKS)))
+@given(st.text(), st.integers(4, 9), st.sampled_from(sorted(MARKS)))
 def test_chunk_borders_change_nothing_behind_a_mark(text, size, mark):
     with in_chunks_of(size):
-        assert read(mark + text.encode(corpus.MARKS[mark])) == text
+        assert read(mark + text.encode(MARKS[mark])) == text
 
 
 def python_says(content: bytes) -> str:
@@ -324,7 +324,7 @@ def test_lines_are_counted_in_characters():
     assert "line 1 (" in refusal(codecs.BOM_UTF16_LE + "\u010a".encode("utf-16-le") + b"\0\xd8a\0")
 
 
-@pytest.mark.parametrize(("head", "kind"), corpus.SIGNATURES.items())
+@pytest.mark.parametrize(("head", "kind"), SIGNATURES.items())
 def test_what_is_not_plain_text_is_called_by_its_name(head, kind):
     said = refusal(head + b"\0\1\2" * 100)
     assert said.startswith(f"text is {kind}, not plain text.")
