@@ -4,6 +4,7 @@ In: words. Out: an exit code: 0; 2 for a `UserError`; 130 or 143 after a signal.
 """
 
 import json
+import math
 import re
 import signal
 import sys
@@ -151,6 +152,7 @@ def evaluate(
     result = library.load(model, **machine.model_dump(exclude_unset=True)).evaluate(*text, context_length=context_length, encoding=encoding)
     if as_json:
         numbers = {"val_loss": result.val_loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens, "baselines": result.baselines}
+        numbers["word_perplexity"] = result.word_perplexity if math.isfinite(result.word_perplexity) else None
         print(json.dumps(numbers | {"verdict": result.verdict.asdict() if result.verdict else None}))
     else:
         report.show_evaluation(result, result.baselines, result.verdict, str(model))
@@ -158,15 +160,13 @@ def evaluate(
 
 @app.command
 def plan(
-    *, vocab_size: int = 65, text_bytes: int | None = None, gpu: str | None = None, gpus_per_node: int = 1, nodes: int = 1, as_json: AsJson = False,
+    *, text_bytes: int | None = None, gpu: str | None = None, gpus_per_node: int = 1, nodes: int = 1, as_json: AsJson = False,
     settings: Settings = Config(),
 ) -> None:  # fmt: skip
-    """Say what a run would take: parameters, memory, arithmetic and time; here, or on GPUs that are not here.
+    """Say what a run would take: parameters, memory, arithmetic and time; here, or on GPUs that are not here. Without --vocab-size, of 65 letters and signs.
 
     Parameters
     ----------
-    vocab_size
-        Different tokens; the default is that of English letters and punctuation.
     text_bytes
         Size of the text, for advice on how often it is read.
     gpu
@@ -181,11 +181,12 @@ def plan(
     from nanogpt import machine, recipe, report
     from nanogpt.plan import plan
 
-    counts = {"--vocab-size": vocab_size, "--text-bytes": 1 if text_bytes is None else text_bytes, "--gpus-per-node": gpus_per_node, "--nodes": nodes}
+    counts = {"--text-bytes": 1 if text_bytes is None else text_bytes, "--gpus-per-node": gpus_per_node, "--nodes": nodes}
     if wrong := [f"{name} {count}" for name, count in counts.items() if count < 1]:
         raise UserError(f"{', '.join(wrong)}: it takes 1 or more.")
     given = flatten(settings, explicit=True)
     settled = resolve(given, complete=False)
+    vocab_size = settled.text.vocab_size or 65  # English letters and punctuation
     here: tuple[str, float, float | None] = ("", 0.0, None)  # which takes no measuring
     if gpu is None:
         place = machine.choose(settled.machine)

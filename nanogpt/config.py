@@ -16,9 +16,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from cyclopts import Parameter
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from nanogpt.errors import UserError
+
+TOKENIZERS = ("char", "byte", "word", "bpe")
 
 
 class Section(BaseModel):
@@ -49,11 +51,26 @@ class ModelConfig(Section):
     """Share of activations zeroed in training, against overfitting (in steps of 1/256)."""
 
 
+def is_path(tokenizer: str) -> bool:
+    """Whether a tokenizer is named by where it lies, which a kind's name does not look like."""
+    return tokenizer.endswith(".json") or "/" in tokenizer or "\\" in tokenizer
+
+
+def _known_tokenizer(name: str) -> str:
+    if name not in TOKENIZERS and not is_path(name):
+        near = difflib.get_close_matches(name, TOKENIZERS, n=1)
+        meant = f"; did you mean {near[0]}" if near else ""
+        raise ValueError(f"neither a kind of tokenizer ({', '.join(TOKENIZERS)}) nor the path of a tokenizer.json{meant}")
+    return name
+
+
 class TextConfig(Section):
     """How text becomes tokens, and what is held out."""
 
-    tokenizer: Literal["char"] = "char"
-    """What a token is: a character."""
+    tokenizer: Annotated[str, AfterValidator(_known_tokenizer)] = "char"
+    """What a token is: char, byte, word, bpe (parts of words), or what the tokenizer.json at this path says."""
+    vocab_size: Annotated[int | None, Field(ge=1)] = None
+    """Different tokens of word and bpe. [default: by the text's size, from 512 to 32768: 1 MB gets 1024 for bpe, 4096 for word]"""
     encoding: str | None = None
     """Encoding of the text files. [default: UTF-8, or UTF-16 where its mark is found]"""
     val: str | None = None
@@ -186,7 +203,8 @@ def _checked(
 def explain(error: ValidationError) -> list[str]:
     """Say what pydantic found in one line per problem: the setting, the value, the limit."""
     names = [[part for part in problem["loc"] if isinstance(part, str)][-1] for problem in error.errors()]  # other parts are places in a list
-    return [f"{name} = {problem['input']!r}: {problem['msg'].lower()}." for name, problem in zip(names, error.errors(), strict=True)]
+    said = [problem["msg"].lower().removeprefix("value error, ") for problem in error.errors()]
+    return [f"{name} = {problem['input']!r}: {what}." for name, problem, what in zip(names, error.errors(), said, strict=True)]
 
 
 def flatten(config: BaseModel, *, explicit: bool = False) -> dict[str, Any]:

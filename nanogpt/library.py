@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 from nanogpt import checkpoint, generate, machine, recipe
-from nanogpt.config import PRESETS, Config, MachineConfig, PlaceConfig, flatten, read_toml, resolve, resolve_sampling, to_toml
+from nanogpt.config import PRESETS, Config, MachineConfig, PlaceConfig, flatten, is_path, read_toml, resolve, resolve_sampling, to_toml
 from nanogpt.corpus import expand, findable
 from nanogpt.errors import Notice, UserError
-from nanogpt.evaluate import Loss, Verdict, evaluate, ngram_losses
+from nanogpt.evaluate import Loss, Size, Verdict, evaluate, ngram_losses
 from nanogpt.files import locked, require_space, sweep, write_text
 from nanogpt.plan import SHARE, flops_per_token, memory
 from nanogpt.prepare import Prepared, open_prepared, prepare
@@ -43,8 +43,8 @@ MAY_CHANGE = {*ENDS, "eval_every", "patience"} | MachineConfig.model_fields.keys
 class Evaluation(Loss):
     """A loss, with the n-gram baselines on the same text (none, where the training text is gone) and the verdict on the training."""
 
-    baselines: dict[str, float]
-    verdict: Verdict | None
+    baselines: dict[str, float] = field(default_factory=dict)
+    verdict: Verdict | None = None
 
 
 class Model:
@@ -94,18 +94,19 @@ class Model:
             warnings.warn(f"No baselines: {error}", Notice, stacklevel=2)
             prepared = None
         if text:
-            tokens, n_bytes = self._encode([os.fspath(path) for path in text], encoding)
+            tokens, n_bytes, n_words = self._encode([os.fspath(path) for path in text], encoding)
             baselines = ngram_losses(prepared.train, tokens) if prepared else {}
         elif prepared:
-            tokens, n_bytes, baselines = prepared.val, prepared.about["val_bytes"], prepared.about["baselines"]
+            tokens, baselines = prepared.val, prepared.about["baselines"]
+            n_bytes, n_words = prepared.about["val_bytes"], prepared.about.get("val_words", 0)
         else:
             raise UserError(
                 f"{self._path} is a model without its run folder, so its validation text is not at hand.",
                 f"Name a text: nanogpt eval {shlex.quote(str(self._path))} TEXT",
             )
-        loss = evaluate(self._model, tokens, n_bytes, self._machine, context_length)
+        loss = evaluate(self._model, tokens, n_bytes, self._machine, context_length, n_words=n_words)
         judged = None if text or "verdict" not in self.summary else Verdict(**self.summary["verdict"])
-        return Evaluation(loss.nats, loss.tokens, loss.bytes, baselines, judged)
+        return Evaluation(loss.nats, loss.tokens, loss.bytes, loss.words, baselines=baselines, verdict=judged)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
@@ -126,20 +127,21 @@ class Model:
         if not (run / "text.json").is_file():
             return None
         prepared = _text_of(run, resolve(read_toml(run / "config.toml")))
-        return prepared if prepared.about["fingerprint"] == self.summary["text"] else None
+        same = prepared.about["fingerprint"] == self.summary["text"] and prepared.tokenizer.to_json() == self.tokenizer.to_json()
+        return prepared if same else None
 
-    def _encode(self, sources: Sequence[str], encoding: str | None) -> tuple[np.ndarray, int]:
-        pieces, n_bytes = [], 0
+    def _encode(self, sources: Sequence[str], encoding: str | None) -> tuple[np.ndarray, int, int]:
+        """The tokens of a text, its bytes and its words."""
+        pieces: list[np.ndarray] = []
+        size = Size()
         for document in (documents := expand(sources, encoding)):
-            for chunk in document.chunks():
-                pieces.append(self.tokenizer.encode_array(chunk))
-                n_bytes += len(chunk.encode())
+            pieces += self.tokenizer.encode_chunks(size.counting(document.chunks()))
             if len(documents) > 1:
                 pieces.append(np.array([self.tokenizer.end], np.uint32))
         tokens = np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
         if len(tokens) < 2:
             raise UserError(f"There are {len(tokens)} tokens in {', '.join(sources)}; a loss needs at least 2.")
-        return tokens, n_bytes
+        return tokens, size.bytes, size.words
 
 
 def load(path: str | os.PathLike[str], **settings: Any) -> Model:
@@ -226,6 +228,8 @@ def _given(settings: dict[str, Any], config: str | os.PathLike[str] | None, pres
         given["minutes"] = DEFAULT_MINUTES
     if isinstance(given.get("val"), str | os.PathLike):
         given["val"] = findable(os.fspath(given["val"]))
+    if isinstance(given.get("tokenizer"), os.PathLike) or is_path(str(given.get("tokenizer", ""))):
+        given["tokenizer"] = os.path.abspath(os.path.expanduser(given["tokenizer"]))
     return given
 
 
@@ -312,6 +316,12 @@ def _text_of(run: Path, settled: Config, sources: Sequence[str] = ()) -> Prepare
         sizes = [f"{text['train_bytes'] + text['val_bytes']:,} bytes, SHA-256 {text['fingerprint'][:16]}…" for text in (about, prepared.about)]
         raise UserError(
             f"The text is not the one the run in {run} began with: then {sizes[0]}; now {sizes[1]}.", "Give it the same text, or train anew with --out FOLDER."
+        )
+    if prepared.about["train_tokens"] != about["train_tokens"]:
+        raise UserError(
+            f"The tokenizer of {run} ({settled.text.tokenizer}) makes other tokens than when the run began: then {about['train_tokens']:,} of the same "
+            f"text, now {prepared.about['train_tokens']:,}.",
+            "Put the file back that it was, or train anew with --out FOLDER.",
         )
     return prepared
 

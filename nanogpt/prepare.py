@@ -51,11 +51,11 @@ def prepare(sources: Sequence[str], settings: TextConfig) -> Prepared:
     """
     documents, validation = expand(sources, settings.encoding), expand([settings.val] if settings.val else [], settings.encoding)
     scan = _Scan(documents)
-    tokenizer = train_tokenizer(settings.tokenizer, scan)
+    tokenizer = train_tokenizer(settings.tokenizer, scan, settings.vocab_size)
     held_out = _Scan(validation)
     for _ in held_out:
         pass
-    key = [VERSION, scan.fingerprint, settings.val and held_out.fingerprint, settings.tokenizer, settings.val_bytes]
+    key = [VERSION, scan.fingerprint, settings.val and held_out.fingerprint, tokenizer.to_json(), settings.val_bytes]
     folder = cache_dir() / "tokens" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
     try:
         prepared = open_prepared(folder)
@@ -120,7 +120,7 @@ def _write(folder: Path, scan: _Scan, held_out: _Scan, tokenizer: Tokenizer, val
     dtype, done = token_dtype(tokenizer.vocab_size), 0
     with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
         for i, document in enumerate(scan.documents):
-            files = [val] if i in chosen or cut <= done else [train, val]
+            files = [val] if i in chosen or cut <= done else [train] if done + scan.sizes[i] <= cut else [train, val]
             _encode(document, tokenizer, dtype, files, cut - done, ends=len(scan.documents) > 1)
             done += scan.sizes[i]
         for document in held_out.documents:
@@ -155,19 +155,23 @@ def _choose(scan: _Scan, room: int) -> set[int]:
 
 
 def _encode(document: Document, tokenizer: Tokenizer, dtype: np.dtype, files: Sequence[BinaryIO], cut: int, ends: bool) -> None:
-    """Write a document's tokens to the first file; what comes after `cut` bytes of it to the second, if there is one; then the token that ends a document."""
-    file, *rest = files
+    """Write a document's tokens to the file; to two of them, what comes before and after `cut` bytes of it; then the token that ends a document."""
+    for part, file in enumerate(files):
+        for tokens in tokenizer.encode_chunks(_part(document, cut, part) if len(files) > 1 else document.chunks()):
+            file.write(tokens.astype(dtype).tobytes())
+    if ends:
+        files[-1].write(np.array([tokenizer.end], dtype).tobytes())
+
+
+def _part(document: Document, cut: int, part: int) -> Iterator[str]:
+    """The text before (part 0) or after (part 1) so many bytes of a document."""
     for chunk in document.chunks():
         utf8 = chunk.encode()
-        if rest and len(utf8) > cut:
-            while cut < len(utf8) and utf8[cut] & 0xC0 == 0x80:  # within a character, which stays whole
-                cut += 1
-            file.write(tokenizer.encode_array(utf8[:cut].decode()).astype(dtype).tobytes())
-            chunk, file, rest = utf8[cut:].decode(), rest[0], []
-        file.write(tokenizer.encode_array(chunk).astype(dtype).tobytes())
+        at = min(max(cut, 0), len(utf8))
+        while at < len(utf8) and utf8[at] & 0xC0 == 0x80:  # within a character, which stays whole
+            at += 1
+        yield (utf8[at:] if part else utf8[:at]).decode()
         cut -= len(utf8)
-    if ends:
-        file.write(np.array([tokenizer.end], dtype).tobytes())
 
 
 def _count(path: Path, vocab_size: int) -> np.ndarray:

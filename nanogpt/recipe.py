@@ -4,7 +4,7 @@ In: seconds, how much text of how many different tokens, a machine, and the sett
 
 The shape is the one with the lowest loss that a law of parameters and tokens foresees (Hoffmann et al. 2022, section 3.3), given how many steps of it this
 machine takes in the time. The law's constants come from short experiments: `benchmarks/recipe.py` makes them, and its table is benchmarks/recipe.csv. What
-has no row there says so.
+has no row there says so. All of it was measured on characters: a larger vocabulary counts by the time that it takes, not by how much more its tokens tell.
 """
 
 import math
@@ -70,7 +70,7 @@ def choose(seconds: float, tokens: int, vocab_size: int, place: Machine, given: 
     count = f"{float(f'{steps:.2g}'):,.0f}"
     pick("learns faster than classic", arch=base["arch"])
     few = model.context_length < CONTEXT
-    pick("the text is short" if few else "some fifty words to look back on", context_length=model.context_length)
+    pick("the text is short" if few else "fifty words or more to look back on", context_length=model.context_length)
     pick("has learned most after so long, of the shapes tried", n_layer=model.n_layer, n_embd=model.n_embd, n_head=model.n_head)
     evaluations = max(2, min(10, round(seconds / 30)))
     pick(f"for about {count} steps", batch_size=rows, eval_every=max(1, round(steps / evaluations)))
@@ -137,7 +137,8 @@ def token_seconds(model: ModelConfig, vocab_size: int, place: Machine) -> float:
     """What a token costs in training steps of this shape on this machine, without a compiler: by two of them, measured once and kept."""
     model = model.model_copy(update={"context_length": min(model.context_length, SAMPLE_TOKENS)})
     rows = max(1, (SAMPLE_TOKENS if place.device.type != "cuda" else 8 * SAMPLE_TOKENS) // model.context_length)
-    vocab_size = 2 ** math.ceil(math.log2(vocab_size))  # so that texts with about as many characters share a measurement
+    step = max(128, 2 ** vocab_size.bit_length() // 32)
+    vocab_size = -(-vocab_size // step) * step  # so that texts with about as many tokens share a measurement
 
     def measure() -> float:
         network = checkpoint.empty_model(model, vocab_size, "cpu")

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
@@ -226,9 +226,10 @@ class Terminal:
         self.flops_per_token, self.peak = event.flops_per_token, event.peak
         self.last_line = time.perf_counter()
         size = text["train_bytes"] + text["val_bytes"]
+        tokens = {"char": "chars", "byte": "bytes"}.get(event.config.text.tokenizer) or f"tokens ({os.path.basename(event.config.text.tokenizer)})"
         names = ", ".join(os.path.basename(source) for source in text["sources"][:3])
         rows = {
-            "Text": f"{names}: {size:,} bytes, {text['symbols']} different {event.config.text.tokenizer}s; {text['split']}",
+            "Text": f"{names}: {size:,} bytes, {text['symbols']:,} different {tokens}; {text['split']}",
             "Model": f"{event.parameters / 1e6:.2f} M parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
             f"context {model.context_length}, dropout {model.dropout:g}",
             "Machine": f"{event.machine}, {event.config.machine.attention} attention, {'compiled' if event.config.machine.compile else 'not compiled'}",
@@ -296,13 +297,15 @@ class Terminal:
 
 def loss_table(loss: Loss, baselines: dict[str, float], name: str) -> Table:
     """The model among the n-gram baselines, best last."""
-    table = Table("", "nats per token", "bits per byte", box=None, pad_edge=False)
+    table = Table("", "nats per token", "bits per byte", *["perplexity per word"] * bool(loss.words), box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
-    scale = loss.bits_per_byte / loss.val_loss
     rows = {f"{key} baseline": value for key, value in baselines.items()} | {name: loss.val_loss}
     for label, value in sorted(rows.items(), key=lambda row: -row[1]):
-        table.add_row(label, f"{value:.4f}", f"{value * scale:.4f}", style="bold" if label == name else "")
+        of_all = replace(loss, nats=value * loss.tokens)
+        perplexity = f"{of_all.word_perplexity:,.0f}" if of_all.word_perplexity < 1e7 else f"{of_all.word_perplexity:.3e}"
+        cells = [f"{value:.4f}", f"{of_all.bits_per_byte:.4f}", perplexity]
+        table.add_row(label, *cells[: len(table.columns) - 1], style="bold" if label == name else "")
     counted = " Baselines are counted on the training split (Witten-Bell smoothing)." if baselines else ""
     table.caption = f"On {loss.tokens:,} tokens.{counted}"
     table.caption_justify = "left"

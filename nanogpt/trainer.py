@@ -269,7 +269,7 @@ class Trainer:
         """Measure the best model, which is the one that stays, on the whole split, and write the result into its file."""
         kept = checkpoint.load(self.run, self.machine.device)
         if self.position.val_tokens is None and "val_nats" in kept.summary:  # then it was measured on all of it when it was kept
-            loss = Loss(kept.summary["val_nats"], kept.summary["val_tokens"], kept.summary["val_bytes"])
+            loss = Loss(kept.summary["val_nats"], kept.summary["val_tokens"], kept.summary["val_bytes"], kept.summary.get("val_words", 0))
         else:
             loss = self.validation_loss(kept.model, None)
         judged = verdict(self.position.history, self.text.about["baselines"], loss.val_loss, self.settings.minutes)
@@ -283,7 +283,7 @@ class Trainer:
         summary = {"step": self.position.step, "text": about["fingerprint"], "baselines": about["baselines"], "unused": about["unused"]}
         if loss is not None:
             summary |= {"val_loss": loss.val_loss, "bits_per_byte": loss.bits_per_byte}
-            summary |= {"val_nats": loss.nats, "val_tokens": loss.tokens, "val_bytes": loss.bytes}
+            summary |= {"val_nats": loss.nats, "val_tokens": loss.tokens, "val_bytes": loss.bytes, "val_words": loss.words}
             minutes = self.settings.minutes and self.settings.minutes * self.progress(0.0)
             summary["verdict"] = verdict(self.position.history, about["baselines"], minutes=minutes).asdict()
         return summary
@@ -291,7 +291,8 @@ class Trainer:
     def validation_loss(self, model: GPT, limit: int | None) -> Loss:
         """The loss of a model on the validation split, or on `limit` tokens of it."""
         with machine.eager():
-            return evaluate(model, self.text.val, self.text.about["val_bytes"], self.machine, limit=limit)
+            about = self.text.about
+            return evaluate(model, self.text.val, about["val_bytes"], self.machine, limit=limit, n_words=about.get("val_words", 0))
 
     def limit(self) -> int | None:
         """How many validation tokens an evaluation during the run may take, None for all; an update costs three forward passes."""

@@ -13,13 +13,13 @@ from nanogpt import cli
 SURFACE = {
     "train": "--arch --attention --batch-size --compile --config --context-length --cooldown --deterministic --device --dropout --dtype --encoding "
     "--eval-every --grad-clip --learning-rate --matrix-learning-rate --minutes --n-embd --n-head --n-kv-head --n-layer --no-compile --optimizer --out "
-    "--overwrite --patience --preset --resume --seed --steps --threads --tokenizer --val --val-bytes --warmup-steps --weight-decay",
+    "--overwrite --patience --preset --resume --seed --steps --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay",
     "plan": "--arch --attention --batch-size --compile --context-length --cooldown --deterministic --device --dropout --dtype --encoding --eval-every "
     "--gpu --gpus-per-node --grad-clip --json --learning-rate --matrix-learning-rate --minutes --n-embd --n-head --n-kv-head --n-layer --no-compile --nodes "
     "--optimizer --patience --seed --steps --text-bytes --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay",
     "bench": "--arch --attention --batch-size --compile --context-length --cooldown --deterministic --device --dropout --dtype --encoding --eval-every "
     "--grad-clip --json --learning-rate --matrix-learning-rate --minutes --n-embd --n-head --n-kv-head --n-layer --no-compile --optimizer "
-    "--patience --seed --steps --threads --tokenizer --val --val-bytes --warmup-steps --weight-decay",
+    "--patience --seed --steps --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay",
     "sample": "--device --dtype --encoding --json --max-tokens --min-p --n --prompt --prompt-file --seed --stop --strict --temperature --threads "
     "--top-k --top-p",
     "eval": "--context-length --device --dtype --encoding --json --threads",
@@ -90,6 +90,7 @@ def test_eval_prints_a_table_or_json(trained, story, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["val_loss"] > 0
     assert answer["bits_per_byte"] > 0
+    assert answer["word_perplexity"] > 1
 
 
 MISTAKES = {
@@ -111,6 +112,10 @@ MISTAKES = {
     "not TOML": (["story.txt", "--config", "broken.toml"], ["cannot be read"]),
     "no such TOML": (["story.txt", "--config", "absent.toml"], ["absent.toml", "cannot be read"]),
     "cuda without a GPU": (["story.txt", "--device", "cuda"], ["--device cuda is not available", "It can use: cpu"]),
+    "unknown tokenizer": (["story.txt", "--tokenizer", "bpee"], ["tokenizer = 'bpee'", "char, byte, word, bpe", "did you mean bpe."]),
+    "no such tokenizer": (["story.txt", "--tokenizer", "none/tokenizer.json"], ["no tokenizer", "none/tokenizer.json"]),
+    "size of characters": (["story.txt", "--vocab-size", "300"], ["--vocab-size 300 does not go with --tokenizer char"]),
+    "vocabulary too large": (["story.txt", "--tokenizer", "bpe", "--vocab-size", "9999"], ["The text supports", "not --vocab-size 9999"]),
     "occupied folder": (["story.txt", "--out", "occupied"], ["not a run of nanogpt", "thesis.tex"]),
 }
 
@@ -249,7 +254,7 @@ def test_plan_by_the_clock_plans_what_train_would_do(capsys, monkeypatch):
     ("words", "answer"),
     [
         (["plan", "--text-bytes", 0], "--text-bytes 0: it takes 1 or more"),
-        (["plan", "--nodes", -1, "--vocab-size", 0], "--vocab-size 0, --nodes -1: it takes 1 or more"),
+        (["plan", "--nodes", -1, "--gpus-per-node", 0], "--gpus-per-node 0, --nodes -1: it takes 1 or more"),
         (["plan", "--gpu", "abacus"], "no GPU 'abacus'"),
         (["bench", "--n-embd", 100, "--n-head", 3], "cannot be shared among"),
     ],

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -20,6 +21,7 @@ from nanogpt.config import ModelConfig
 from nanogpt.errors import Notice, UserError
 from nanogpt.files import cache_dir
 from nanogpt.report import Evaluated, Finished, Sampled, Saved, Saving, Started, Stepped
+from nanogpt.tokenizer import train_tokenizer
 
 RUN = TINY | {"dropout": 0.1, "steps": 100, "eval_every": 20, "device": "cpu"}
 
@@ -600,3 +602,32 @@ def test_prepared_text_that_is_gone_is_made_again(story, tmp_path):
     assert nanogpt.load(tmp_path / "run", dtype="float32").evaluate().val_loss == expected
     shutil.rmtree(folder)  # and all of it
     assert nanogpt.load(tmp_path / "run", dtype="float32").evaluate().val_loss == expected
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "word", "bpe", "tokenizer.json"])
+def test_every_kind_of_token_can_be_trained_on_and_goes_on(story, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tokenizer.json").write_text(train_tokenizer("bpe", [story.read_text()], 280).to_json(), encoding="utf-8")
+    settings = RUN | {"tokenizer": tokenizer, "eval_every": 2}
+    first = nanogpt.train(story, "run", **settings | {"steps": 2})
+    assert first.evaluate().tokens == len(first._text.val) - 1
+    whole = nanogpt.train(story, "whole", **settings | {"steps": 4})
+    assert nanogpt.train((), "run", resume=True, steps=4).evaluate().tokens == whole.evaluate().tokens == len(whole._text.val) - 1
+    assert first.tokenizer.to_json() == nanogpt.load("run").tokenizer.to_json()
+    assert "".join(whole.stream("The cat", seed=1, max_tokens=20))
+    loss = whole.evaluate(story)
+    assert (loss.bytes, loss.words) == pytest.approx(np.array([len(story.read_text()), len(story.read_text().split())]) * loss.tokens / (loss.tokens + 1))
+    assert set(loss.baselines) == {"uniform", "unigram", "bigram", "trigram"}
+
+
+def test_a_tokenizer_that_has_changed_since_is_noticed(story, tmp_path):
+    path, run = tmp_path / "tokenizer.json", tmp_path / "run"
+    path.write_text(train_tokenizer("bpe", [story.read_text()], 280).to_json(), encoding="utf-8")
+    nanogpt.train(story, run, **RUN | {"tokenizer": str(path), "steps": 2})
+    shutil.rmtree(cache_dir() / "tokens")
+    path.write_text(train_tokenizer("bpe", [story.read_text()], 270).to_json(), encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer of .* makes other tokens than when the run began: then [\d,]+ of the same text, now [\d,]+\."):
+        nanogpt.train((), run, resume=True, steps=4)
+    path.unlink()
+    with pytest.raises(UserError, match="no tokenizer"):
+        nanogpt.load(run).evaluate()
