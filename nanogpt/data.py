@@ -25,12 +25,17 @@ class Tokens:
     """(N,) token ids that lie in shards on the disk, as one sequence: `len()` and slices, which are arrays. Only what is touched comes into memory."""
 
     def __init__(self, paths: Sequence[Path], dtype: np.dtype):
-        self._paths, self.dtype = list(paths), dtype
+        self.paths, self.dtype = list(paths), dtype
         self._behind = np.cumsum([path.stat().st_size // dtype.itemsize for path in paths], dtype=np.int64)  # where in the sequence each shard ends
         self._mapped: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return int(self._behind[-1]) if len(self._behind) else 0
+
+    @property
+    def begins(self) -> list[int]:
+        """Where in the sequence each shard begins."""
+        return [0, *self._behind[:-1].tolist()] if self.paths else []
 
     def __getitem__(self, part: slice) -> np.ndarray:
         start, stop, step = part.indices(len(self))
@@ -47,7 +52,7 @@ class Tokens:
         if number not in self._mapped:
             if len(self._mapped) >= MOST_OPEN:
                 self._mapped.pop(next(iter(self._mapped)))
-            self._mapped[number] = np.memmap(self._paths[number], dtype=self.dtype, mode="r")
+            self._mapped[number] = np.memmap(self.paths[number], dtype=self.dtype, mode="r")
         return self._mapped[number]
 
 

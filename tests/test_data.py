@@ -121,8 +121,8 @@ def test_the_smallest_type_that_holds_every_token(vocab_size):
 def test_tokens_come_back_from_their_file(tmp_path, vocab_size, dtype):
     tokens = np.array([0, vocab_size - 1, vocab_size // 2] * 5).astype(dtype)
     tokens.tofile(tmp_path / "tokens.bin")
-    opened = open_tokens(tmp_path / "tokens.bin", vocab_size)
-    assert opened.dtype == dtype
-    assert opened.tolist() == tokens.tolist()
+    opened = open_tokens([tmp_path / "tokens.bin"], vocab_size)
+    assert opened.dtype == opened[:].dtype == dtype
+    assert opened[:].tolist() == tokens.tolist()
     inputs, targets, _ = batch(opened, 0, 0, range(3), 3, 4)
     assert torch.equal(inputs[:, 1:], targets[:, :-1])

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt import corpus, prepare
+from nanogpt import prepare
 from nanogpt.config import TextConfig
+from nanogpt.corpus import formats
 from nanogpt.errors import UserError
 from nanogpt.evaluate import ngram_losses
 from nanogpt.files import cache_dir
@@ -53,11 +54,10 @@ def split_of(text: str, room: int) -> tuple[str, str]:
 
 
 @contextmanager
-def elsewhere(tmp_path_factory, chunk: int = corpus.CHUNK):
+def elsewhere(tmp_path_factory, chunk: int = formats.CHUNK):
     """An empty folder and an empty cache, and texts that are read in chunks of so many bytes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "CHUNK", chunk)
-        patch.setattr(prepare, "CHUNK", chunk)
+        patch.setattr(formats, "CHUNK", chunk)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield tmp_path_factory.mktemp("texts")
 
@@ -66,8 +66,8 @@ def elsewhere(tmp_path_factory, chunk: int = corpus.CHUNK):
 def test_the_last_tenth_is_held_out(tmp_path, n):
     text = ("abcdefghij" * (n // 10 + 1))[:n]
     prepared = make(*write(tmp_path, text))
-    assert prepared.tokenizer.decode(prepared.train) == text[: int(0.9 * n)]
-    assert prepared.tokenizer.decode(prepared.val) == text[int(0.9 * n) :]
+    assert prepared.tokenizer.decode(prepared.train[:]) == text[: int(0.9 * n)]
+    assert prepared.tokenizer.decode(prepared.val[:]) == text[int(0.9 * n) :]
     assert prepared.about["split"] == f"the last {n - int(0.9 * n):,} of {n:,} bytes are held out"
 
 
@@ -77,7 +77,7 @@ def test_at_most_so_many_bytes_are_held_out(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(texts, st.integers(2, 50), st.integers(4, 20) | st.just(corpus.CHUNK))
+@given(texts, st.integers(2, 50), st.integers(4, 20) | st.just(formats.CHUNK))
 def test_nothing_is_lost_between_the_splits(tmp_path_factory, body, val_bytes, chunk):
     text = "ab" * 10 + body + "ab"
     size = len(text.encode())
@@ -85,12 +85,12 @@ def test_nothing_is_lost_between_the_splits(tmp_path_factory, body, val_bytes, c
         prepared = make(*write(folder, text), val_bytes=val_bytes)
     train, val = split_of(text, min(size - size * 9 // 10, val_bytes))
     about, tokenizer = prepared.about, prepared.tokenizer
-    assert (tokenizer.decode(prepared.train), tokenizer.decode(prepared.val)) == (train, val)
+    assert (tokenizer.decode(prepared.train[:]), tokenizer.decode(prepared.val[:])) == (train, val)
     assert (about["train_bytes"], about["val_bytes"]) == (len(train.encode()), len(val.encode()))
     assert (about["train_tokens"], about["val_tokens"]) == (len(train), len(val))
     assert about["symbols"] == len(set(train))
     unused = {token for first, behind in about["unused"] for token in range(first, behind)}
-    assert unused == set(range(tokenizer.vocab_size)) - set(prepared.train.tolist())
+    assert unused == set(range(tokenizer.vocab_size)) - set(prepared.train[:].tolist())
 
 
 def test_no_more_is_held_out_than_was_allowed_where_the_cut_meets_a_character(tmp_path):
@@ -98,7 +98,7 @@ def test_no_more_is_held_out_than_was_allowed_where_the_cut_meets_a_character(tm
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(texts.filter(bool), min_size=2, max_size=12), st.integers(4, 20) | st.just(corpus.CHUNK))
+@given(st.lists(texts.filter(bool), min_size=2, max_size=12), st.integers(4, 20) | st.just(formats.CHUNK))
 def test_many_documents_are_held_out_whole_or_the_last_tenth_of_all_is(tmp_path_factory, bodies, chunk):
     bodies = [f"{'ab' * 9}{i}{body}" for i, body in enumerate(bodies)]
     with elsewhere(tmp_path_factory, chunk) as folder:
@@ -107,13 +107,13 @@ def test_many_documents_are_held_out_whole_or_the_last_tenth_of_all_is(tmp_path_
     size = sum(len(body.encode()) for body in bodies)
     room = size - size * 9 // 10
     if "documents" in prepared.about["split"]:
-        train, val = (whole_documents(split, end) for split in (prepared.train, prepared.val))
+        train, val = (whole_documents(split, end) for split in (prepared.train[:], prepared.val[:]))
         assert sorted(train + val) == sorted(tokens)
         assert (train, val) == ([t for t in tokens if t in train], [t for t in tokens if t in val])
         assert room / 2 <= prepared.about["val_bytes"] <= room
     else:
-        assert [*prepared.train, *prepared.val] == [token for document in tokens for token in [*document, end]]
-        assert prepared.tokenizer.decode(prepared.train[prepared.train != end]) == split_of("".join(bodies), room)[0]
+        assert [*prepared.train[:], *prepared.val[:]] == [token for document in tokens for token in [*document, end]]
+        assert prepared.tokenizer.decode(prepared.train[:][prepared.train[:] != end]) == split_of("".join(bodies), room)[0]
 
 
 @pytest.fixture
@@ -129,11 +129,11 @@ def test_the_same_documents_are_held_out_again_whatever_they_say(library, monkey
     assert first.about["split"] == "4 of 40 documents, chosen by a hash of their names, are held out"
     assert first.about["val_bytes"] == 400
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert make(library).val.tolist() == first.val.tolist()
+    assert make(library).val[:].tolist() == first.val[:].tolist()
     for path in library.iterdir():
         path.write_text(path.read_text(encoding="utf-8").replace("abc", "xyz"), encoding="utf-8")
     again = make(library)
-    assert again.tokenizer.decode(again.val) == first.tokenizer.decode(first.val).replace("abc", "xyz")
+    assert again.tokenizer.decode(again.val[:]) == first.tokenizer.decode(first.val[:]).replace("abc", "xyz")
 
 
 @pytest.mark.parametrize("sizes", [(100, 100, 100), (1, 1000, 1000), (5000, 20)])
@@ -146,30 +146,31 @@ def test_documents_that_are_too_few_or_too_uneven_give_the_last_tenth_of_all(tmp
 
 def test_one_document_has_no_end(tmp_path):
     prepared = make(*write(tmp_path, "hello world " * 20))
-    assert prepared.tokenizer.end not in prepared.train
-    assert prepared.tokenizer.end not in prepared.val
+    assert prepared.tokenizer.end not in prepared.train[:]
+    assert prepared.tokenizer.end not in prepared.val[:]
     assert [prepared.tokenizer.end in range(*pair) for pair in prepared.about["unused"]][-1]
 
 
-def test_an_empty_document_behind_the_cut_ends_there(tmp_path):
-    prepared = make(*write(tmp_path, "ab" * 50, "ab" * 50, ""))
-    assert [*prepared.train, *prepared.val] == [0, 1] * 50 + [258] + [0, 1] * 50 + [258, 258]
+def test_empty_documents_are_left_out(tmp_path):
+    prepared = make(*write(tmp_path, "", "ab" * 50, "", "ab" * 50, "\ufeff"))
+    assert [*prepared.train[:], *prepared.val[:]] == [0, 1] * 50 + [258] + [0, 1] * 50 + [258]
+    assert prepared.about["documents"] == 2
 
 
 def test_a_text_to_validate_on_leaves_the_other_whole(tmp_path):
     text, val = write(tmp_path, "hello world " * 20, "help is on the way: 日本")
     prepared = make(text, val=str(val))
-    assert prepared.tokenizer.decode(prepared.train) == "hello world " * 20
-    assert prepared.tokenizer.decode(prepared.val) == "help is on the way: 日本"
+    assert prepared.tokenizer.decode(prepared.train[:]) == "hello world " * 20
+    assert prepared.tokenizer.decode(prepared.val[:]) == "help is on the way: 日本"
     assert prepared.about["val_bytes"] == len("help is on the way: 日本".encode())
     assert prepared.about["split"] == "the text given with --val is held out"
 
 
 def test_a_folder_to_validate_on_gives_its_documents_whole(tmp_path, library):
     prepared = make(*write(tmp_path, "hello world " * 20), val=str(library))
-    assert len(whole_documents(prepared.val, prepared.tokenizer.end)) == 40
+    assert len(whole_documents(prepared.val[:], prepared.tokenizer.end)) == 40
     assert prepared.about["val_bytes"] == 4000
-    assert prepared.tokenizer.end not in prepared.train
+    assert prepared.tokenizer.end not in prepared.train[:]
 
 
 def test_copies_in_other_encodings_are_the_same_text(tmp_path):
@@ -178,19 +179,19 @@ def test_copies_in_other_encodings_are_the_same_text(tmp_path):
     copies = [make(path) for path in write(tmp_path, *map(text.encode, encodings))]
     copies.append(make(*write(tmp_path, text.encode("utf-16-be")), encoding="utf-16-be"))
     assert len({copy.about["folder"] for copy in copies}) == 1
-    assert {copy.tokenizer.decode([*copy.train, *copy.val]) for copy in copies} == {text}
+    assert {copy.tokenizer.decode([*copy.train[:], *copy.val[:]]) for copy in copies} == {text}
 
 
 def test_what_was_prepared_is_found_again_and_not_touched(story):
     first = make(story)
     files = sorted(Path(first.about["folder"]).iterdir())
-    assert [file.name for file in files] == ["about.json", "tokenizer.json", "train.bin", "val.bin"]
+    assert [file.name for file in files] == ["checked.json", "index.json", "tokenizer.json", "train-00000.bin", "unit-00000.json", "val-00000.bin"]
     before = [file.stat().st_mtime_ns for file in files]
     copy = shutil.copy(story, story.with_name("copy.txt"))
     second = make(copy)
     assert [file.stat().st_mtime_ns for file in files] == before
     assert second.about == first.about | {"sources": [str(copy)]}
-    assert open_prepared(Path(first.about["folder"])).train.tolist() == first.train.tolist()
+    assert open_prepared(Path(first.about["folder"])).train[:].tolist() == first.train[:].tolist()
     assert [path.name for path in (cache_dir() / "tokens").iterdir()] == [Path(first.about["folder"]).name]
 
 
@@ -215,7 +216,7 @@ def test_what_is_known_of_a_text_is_true(story, monkeypatch):
     about = (prepared := make(story.name)).about
     assert about["sources"] == [str(story)]
     assert about["documents"] == 1
-    assert about["baselines"] == ngram_losses(prepared.train, prepared.val)
+    assert about["baselines"] == ngram_losses(prepared.train[:], prepared.val[:])
     assert about["train_bytes"] + about["val_bytes"] == story.stat().st_size
     assert json.loads(json.dumps(about)) == about
 
@@ -275,10 +276,11 @@ def test_prepared_text_that_is_gone_is_named(story):
     assert make(story).about["folder"] == str(folder)
 
 
-@pytest.mark.parametrize("name", ["about.json", "tokenizer.json", "train.bin"])
+@pytest.mark.parametrize("name", ["index.json", "tokenizer.json", "train-00000.bin", "unit-00000.json"])
 def test_a_cache_that_lost_a_file_is_made_again(story, name):
-    (Path(make(story).about["folder"]) / name).unlink()
-    make(story)
+    before = make(story)
+    (Path(before.about["folder"]) / name).unlink()
+    assert make(story).train[:].tolist() == before.train[:].tolist()
 
 
 def test_a_killed_process_with_the_same_number_leaves_nothing_that_disturbs(story):

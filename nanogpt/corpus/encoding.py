@@ -92,9 +92,9 @@ def not_text(head: bytes, encoding: str | None = None) -> str | None:
     for signature, kind in SIGNATURES.items():
         if head.startswith(signature):
             return kind
-    if head[257:262] == b"ustar":
-        return "a tar archive"
     zeros = encoding is None and b"\0" in head and not head.startswith(tuple(MARKS))
+    if zeros and head[257:262] == b"ustar":
+        return "a tar archive"
     return "a binary file (it has zero bytes)" if zeros else None
 
 
