@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
+from nanogpt.data import Tokens
 from nanogpt.machine import Machine
 from nanogpt.model import GPT
 
@@ -69,7 +70,7 @@ class Size:
 
 @torch.inference_mode()
 def evaluate(
-    model: GPT, tokens: np.ndarray, n_bytes: int, machine: Machine, context_length: int | None = None, limit: int | None = None, n_words: int = 0
+    model: GPT, tokens: Tokens | np.ndarray, n_bytes: int, machine: Machine, context_length: int | None = None, limit: int | None = None, n_words: int = 0
 ) -> Loss:
     """The loss over all of `tokens` (N,), N >= 2, in non-overlapping windows of `context_length` (the model's own, if not given).
 
@@ -94,7 +95,7 @@ def evaluate(
     return Loss(nats, count, n_bytes * share, n_words * share)
 
 
-def ngram_losses(train: np.ndarray, val: np.ndarray) -> dict[str, float]:
+def ngram_losses(train: Tokens | np.ndarray, val: Tokens | np.ndarray) -> dict[str, float]:
     """The n-gram baselines: nats per token of `val` (N,) under uniform, unigram, bigram and trigram models of `train` (M,).
 
     Smoothing is Witten and Bell's (1991; Chen and Goodman 1998, section 2.5): a context seen c times with u different

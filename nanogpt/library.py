@@ -134,9 +134,11 @@ class Model:
         """The tokens of a text, its bytes and its words."""
         pieces: list[np.ndarray] = []
         size = Size()
-        for document in (documents := expand(sources, encoding)):
-            pieces += self.tokenizer.encode_chunks(size.counting(document.chunks()))
-            if len(documents) > 1:
+        found = expand(sources, encoding)
+        many = len(found) > 1 or found[0].is_table
+        for texts in (texts for source in found for texts in source.documents()):
+            pieces += self.tokenizer.encode_chunks(size.counting(texts))
+            if many:
                 pieces.append(np.array([self.tokenizer.end], np.uint32))
         tokens = np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
         if len(tokens) < 2:
@@ -253,6 +255,9 @@ def _settle(
     if resuming and steps is not None and (checkpoint.latest_step(run) or 0) > steps:
         raise UserError(f"The run in {run} is at step {checkpoint.latest_step(run):,} already, past --steps {steps}.", "Give it more steps.")
     prepared = _text_of(run, settled, sources) if resuming else _new_text(sources, settled)
+    if prepared.about["sources"] == [prepared.about["folder"]]:  # the settings of a text that was prepared before are those it was prepared with
+        given = given | {name: value for name, value in prepared.about["text"].items() if name != "cross_documents"}
+        settled = resolve(given, complete=not recipe_follows)
     place = machine.choose(settled.machine)
     choices: list[Choice] = []
     if begun is not None and recipe_follows:
@@ -264,6 +269,8 @@ def _settle(
     seconds = _expected_seconds(settled, prepared, place)
     place, reasons = machine.for_training(place, settled.machine, settled.model, settled.training.batch_size, seconds)
     choices += [Choice(name, getattr(place.settings(), name), reason) for name, reason in reasons.items()]
+    if not settled.text.cross_documents:
+        prepared = prepared.within_documents(settled.model.context_length)
     return settled.model_copy(update={"machine": place.settings()}), prepared, place, choices
 
 

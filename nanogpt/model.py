@@ -273,5 +273,7 @@ class GPT(nn.Module):
         return self.logits(self.trunk(idx, cache=cache)[:, -1])
 
     def nats(self, idx: Tensor, targets: Tensor, keys: Tensor | None = None) -> Tensor:
-        """The summed cross-entropy, in nats, of targets (B, T) after idx (B, T): a sum, so that parts can be added before dividing."""
+        """The summed cross-entropy, in nats, of targets (B, T) after idx (B, T): a sum, so that parts can be added before dividing.
+
+        A target of -100 is none (`data.IGNORED`)."""
         return F.cross_entropy(self(idx, keys).flatten(0, 1).float(), targets.flatten(), reduction="sum")

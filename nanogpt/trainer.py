@@ -202,33 +202,38 @@ class Trainer:
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """The batch of a step on its way to the device: x (B, T), y (B, T) and keys (B,)."""
         B = self.settings.batch_size
-        x, y, keys = data.batch(self.text.train, self.settings.seed, step, range(B), B, self.model.config.context_length)
+        x, y, keys = data.batch(self.text.train, self.settings.seed, step, range(B), B, self.model.config.context_length, self.text.windows)
         return self.machine.send(x), self.machine.send(y), self.machine.send(keys)
+
+    def targets(self, y: Tensor) -> int:
+        """How many of the targets y (B, T) there are to predict: all, but for those behind the end of a document."""
+        return y.numel() if self.text.windows is None else int((y != data.IGNORED).sum())
 
     def step(self) -> Stepped:
         """One update of the weights, on the batch that belongs to this step. A GPU is asked for its numbers only when it has all its work."""
         begin = time.perf_counter()
         settings, position = self.settings, self.position
         x, y, keys = self.upcoming  # (B, T), (B, T), (B,)
+        count = self.targets(y)
         progress, middle = self.progress(1.0), self.progress(0.5)
         with self.machine.autocast():
             nats = self.nats(x, y, keys)
-        (nats / y.numel()).backward()
+        (nats / count).backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip or math.inf)
         share = schedule(middle, self.warmup(), settings.cooldown)
         self.optimizer.step(share)
         self.upcoming = self.batch(position.step + 1)
         summed, norm = torch.stack([nats.detach(), grad_norm]).tolist()
-        loss, rate = summed / y.numel(), share * settings.learning_rate
+        loss, rate = summed / count, share * settings.learning_rate
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_a_number(loss, rate, norm)
         position.step += 1
         position.nats += summed
-        position.tokens += y.numel()
+        position.tokens += count
         seconds = time.perf_counter() - begin
         self.step_seconds = 0.8 * self.step_seconds + 0.2 * seconds if self.step_seconds else seconds
         position.seconds = self.elapsed()
-        return Stepped(position.step, progress, loss, rate, norm, y.numel(), y.numel() / seconds, position.seconds)
+        return Stepped(position.step, progress, loss, rate, norm, count, count / seconds, position.seconds)
 
     def warmup(self) -> float:
         """The share of the run in which the learning rate rises."""

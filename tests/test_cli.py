@@ -11,15 +11,18 @@ import nanogpt
 from nanogpt import cli
 
 SURFACE = {
-    "train": "--arch --attention --batch-size --compile --config --context-length --cooldown --deterministic --device --dropout --dtype --encoding "
-    "--eval-every --grad-clip --learning-rate --matrix-learning-rate --minutes --n-embd --n-head --n-kv-head --n-layer --no-compile --optimizer --out "
-    "--overwrite --patience --preset --resume --seed --steps --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay",
-    "plan": "--arch --attention --batch-size --compile --context-length --cooldown --deterministic --device --dropout --dtype --encoding --eval-every "
-    "--gpu --gpus-per-node --grad-clip --json --learning-rate --matrix-learning-rate --minutes --n-embd --n-head --n-kv-head --n-layer --no-compile --nodes "
-    "--optimizer --patience --seed --steps --text-bytes --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay",
-    "bench": "--arch --attention --batch-size --compile --context-length --cooldown --deterministic --device --dropout --dtype --encoding --eval-every "
-    "--grad-clip --json --learning-rate --matrix-learning-rate --minutes --n-embd --n-head --n-kv-head --n-layer --no-compile --optimizer "
-    "--patience --seed --steps --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay",
+    "train": "--arch --attention --batch-size --compile --config --context-length --cooldown --cross-documents --deterministic --device --dropout --dtype "
+    "--encoding --eval-every --field --grad-clip --learning-rate --matrix-learning-rate --minutes --n-embd --n-head --n-kv-head --n-layer --no-compile "
+    "--no-cross-documents --optimizer --out --overwrite --patience --preset --resume --seed --steps --threads --tokenizer --val --val-bytes "
+    "--vocab-size --warmup-steps --weight-decay",
+    "plan": "--arch --attention --batch-size --compile --context-length --cooldown --cross-documents --deterministic --device --dropout --dtype --encoding "
+    "--eval-every --field --gpu --gpus-per-node --grad-clip --json --learning-rate --matrix-learning-rate --minutes --n-embd --n-head --n-kv-head "
+    "--n-layer --no-compile --no-cross-documents --nodes --optimizer --patience --seed --steps --text-bytes --threads --tokenizer --val --val-bytes "
+    "--vocab-size --warmup-steps --weight-decay",
+    "bench": "--arch --attention --batch-size --compile --context-length --cooldown --cross-documents --deterministic --device --dropout --dtype --encoding "
+    "--eval-every --field --grad-clip --json --learning-rate --matrix-learning-rate --minutes --n-embd --n-head --n-kv-head --n-layer --no-compile "
+    "--no-cross-documents --optimizer --patience --seed --steps --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay",
+    "prepare": "--cross-documents --encoding --field --json --no-cross-documents --out --shard --tokenizer --val --val-bytes --vocab-size",
     "sample": "--device --dtype --encoding --json --max-tokens --min-p --n --prompt --prompt-file --seed --stop --strict --temperature --threads "
     "--top-k --top-p",
     "eval": "--context-length --device --dtype --encoding --json --threads",

@@ -1,7 +1,8 @@
 """Bytes to characters, exactly, and what to say of bytes that are none.
 
 In: blocks of bytes, and the encoding if one was given. Out: pieces of text; joined they are the whole. Line ends stay as they are. UTF-8, with or
-without its mark, and UTF-16 with its mark give the same characters. Refuses: what is not plain text, by its kind, and what is not in the encoding, with the place.
+without its mark, and UTF-16 with its mark give the same characters.
+Refuses: what is not plain text, by its kind, and what is not in the encoding, with the place.
 """
 
 import codecs

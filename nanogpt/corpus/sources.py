@@ -18,6 +18,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
@@ -66,6 +67,18 @@ class Source:
             if damaged := formats.damage(error):
                 raise UserError(f"{where} {damaged}.", "Copy or download it again.") from error
             raise UserError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+
+    def documents(self) -> Iterator[Iterator[str]]:
+        """The text of each document that is not empty, in pieces, which are to be read before the next document is asked for."""
+
+        def numbered() -> Iterator[tuple[int, str]]:
+            number = 0
+            for piece in self.pieces():
+                if piece.text:
+                    yield number, piece.text
+                number += piece.ends
+
+        return ((text for _, text in group) for _, group in groupby(numbered(), key=lambda each: each[0]))
 
     def chunks(self) -> Iterator[str]:
         """The text of all documents in pieces; joined they are the whole."""

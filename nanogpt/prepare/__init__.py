@@ -12,7 +12,7 @@ checksums, a second or two for each gigabyte, once: `checked.json` remembers by 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,6 +32,7 @@ from nanogpt.prepare.shards import ranges, read_unit, tokenizer_id, write_unit
 from nanogpt.tokenizer import Tokenizer, train_tokenizer
 
 VERSION = 2  # of the prepared files
+OWN = ("train-", "val-", "unit-", "tokenizer.json", "index.json", "checked.json")  # how the names of a prepared folder's files begin
 MOST_THREADS = 8  # that encode at a time; each takes some 30 MB, and tokenizers that need more processors use them by themselves
 STILL_WRITTEN = 60.0  # seconds since a file was last written to, up to which somebody may be about to go on
 
@@ -67,8 +68,8 @@ def prepare(sources: Sequence[str], settings: TextConfig) -> Prepared:
 
     Errors: `UserError` when a source is not there or not text, when the text is too short, or when the disk is full.
     """
-    if len(sources) == 1 and (Path(sources[0]) / "index.json").is_file():
-        prepared = open_prepared(Path(sources[0]).absolute())
+    if len(sources) == 1 and is_prepared(folder := Path(findable(sources[0]))):
+        prepared = open_prepared(folder)
         _require_same_settings(prepared.about["text"], settings, sources[0])
     else:
         text = _Text(sources, settings)
@@ -95,6 +96,11 @@ def prepare_folder(sources: Sequence[str], settings: TextConfig, folder: Path, s
     return missing or open_prepared(folder)
 
 
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder holds prepared text, or the beginning of it."""
+    return (folder / "index.json").is_file() or next(folder.glob("unit-*.json"), None) is not None
+
+
 def open_prepared(folder: Path) -> Prepared:
     """Open what `prepare` wrote. Errors: `UserError` when it is no longer there, or no longer what it was."""
     try:
@@ -104,6 +110,9 @@ def open_prepared(folder: Path) -> Prepared:
         names = [file["name"] for file in index["files"] if file["name"].endswith(".bin")]
         train, val = (open_tokens([folder / name for name in names if name.startswith(split)], tokenizer.vocab_size) for split in ("train", "val"))
     except (OSError, ValueError, KeyError) as error:
+        if not (folder / "index.json").exists() and is_prepared(folder):
+            fix = "Bring all units into this folder, if they were made in several, and run `nanogpt prepare TEXT --out` with it: it makes what is missing."
+            raise UserError(f"Not all of the text in {folder} is prepared: there is no index.json.", fix) from error
         raise UserError(f"The prepared text is no longer whole in {folder} ({error}).", "Name the text again, and it is prepared again.") from error
     return Prepared(tokenizer, train, val, index["about"] | {"folder": str(folder)})
 
@@ -122,7 +131,8 @@ def _check(folder: Path, files: Sequence[dict[str, Any]]) -> None:
             problem = f"its SHA-256 is {found[:16]}…, not {file['sha256'][:16]}…" if found != file["sha256"] else None
             new.append(file["name"])
         if problem:
-            raise UserError(f"The shard {path} is damaged: {problem}.", "Remove this file, and prepare the same text into the same folder again: only it is made anew.")
+            fix = "Remove this file, and prepare the same text into the same folder again: only what is missing is made anew."
+            raise UserError(f"The shard {path} is damaged: {problem}.", fix)
     _remember(folder, new)
 
 
@@ -213,9 +223,10 @@ class _Text:
         """Errors: `UserError` for a folder with anything but a part of what is to be written there."""
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder.absolute()} is a file.", "Choose another folder: --out FOLDER.")
-        foreign = [path.name for path in folder.glob("[!.]*") if not path.name.startswith(("train-", "val-", "unit-", "tokenizer.json", "index.json", "checked.json"))]
+        foreign = sorted(path.name for path in folder.glob("[!.]*") if not path.name.startswith(OWN))
         if foreign:
-            raise UserError(f"{folder.absolute()} is no folder of prepared text: it holds {', '.join(sorted(foreign)[:3])}.", "Choose another folder: --out FOLDER.")
+            what = f"{folder.absolute()} is no folder of prepared text: it holds {', '.join(foreign[:3])}."
+            raise UserError(what, "Choose another folder: --out FOLDER.")
         for path in folder.glob("unit-*.json"):
             with suppress(ValueError):
                 if json.loads(path.read_text(encoding="utf-8")).get("key") != self.key:
@@ -225,7 +236,8 @@ class _Text:
     def _about(self, folder: Path, tokenizer: Tokenizer, units: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What is known of the text when all of it is encoded. Errors: `UserError` for a text that is too short, or units with other tokens."""
         if any(unit["tokenizer"] != tokenizer_id(tokenizer) for unit in units):
-            raise UserError(f"The units in {folder.absolute()} were encoded with different tokenizers.", "Prepare them again, with the same version of nanogpt.")
+            what = f"The units in {folder.absolute()} were encoded with different tokenizers."
+            raise UserError(what, "Remove the folder, and prepare all of it with the same version of nanogpt.")
         used = np.zeros(tokenizer.vocab_size, bool)
         for first, behind in (pair for unit in units for pair in unit["used"]):
             used[first:behind] = True

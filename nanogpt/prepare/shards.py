@@ -1,8 +1,9 @@
 """The second reading: units of a text to shards of tokens.
 
-In: a unit of a scan, a split and a tokenizer. Out: in a folder, `train-N.bin` and `val-N.bin`, token ids of the smallest type that holds them; beside each, where
-there are many documents, a file `.ends`, int64, behind which token of the shard each document ends; and last `unit-N.json`, which says what the unit has,
-with a checksum of each file. All of it is a pure function of the text and the settings. Refuses: a text that changed since it was scanned.
+In: a unit of a scan, a split and a tokenizer. Out: in a folder, `train-N.bin` and `val-N.bin`, token ids of the smallest type that holds
+them; beside each, where there are many documents, a file `.ends`, int64, behind which token of the shard each document ends; and last `unit-N.json`, which
+says what the unit has, with a checksum of each file. All of it is a pure function of the text and the settings.
+Refuses: a text that changed since it was scanned.
 """
 
 import hashlib
