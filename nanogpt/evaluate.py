@@ -102,11 +102,11 @@ def ngram_losses(train: Tokens | np.ndarray, val: Tokens | np.ndarray) -> dict[s
     successors trusts its own counts with c / (c + u) and the shorter context with the rest. "uniform" spreads evenly
     over the tokens that occur. Counted on the first `NGRAM_TOKENS` of `train`, scored on the first `NGRAM_SCORED` of `val`.
     """
-    train, val = np.asarray(train[:NGRAM_TOKENS]), np.asarray(val[:NGRAM_SCORED])
-    occurs = np.zeros(1 + max(int(part.max(initial=0)) for part in (train, val)), bool)
-    occurs[train] = occurs[val] = True
+    counted, scored = train[:NGRAM_TOKENS], val[:NGRAM_SCORED]
+    occurs = np.zeros(1 + max(int(part.max(initial=0)) for part in (counted, scored)), bool)
+    occurs[counted] = occurs[scored] = True
     place, size = (occurs.cumsum() - 1).astype(np.int32), int(occurs.sum())
-    train, val = place[train], place[val]  # numbers below `size`
+    train, val = place[counted], place[scored]  # numbers below `size`
     losses = {"uniform": math.log(size)}
     p = np.full(len(val), 1 / size)  # of every token of val, under the shorter context
     for order, name in enumerate(("unigram", "bigram", "trigram"), start=1):

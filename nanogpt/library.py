@@ -24,6 +24,7 @@ import torch
 from nanogpt import checkpoint, generate, machine, recipe
 from nanogpt.config import PRESETS, Config, MachineConfig, PlaceConfig, flatten, is_path, read_toml, resolve, resolve_sampling, to_toml
 from nanogpt.corpus import expand, findable
+from nanogpt.data import Tokens
 from nanogpt.errors import Notice, UserError
 from nanogpt.evaluate import Loss, Size, Verdict, evaluate, ngram_losses
 from nanogpt.files import locked, require_space, sweep, write_text
@@ -93,6 +94,7 @@ class Model:
                 raise
             warnings.warn(f"No baselines: {error}", Notice, stacklevel=2)
             prepared = None
+        tokens: Tokens | np.ndarray
         if text:
             tokens, n_bytes, n_words = self._encode([os.fspath(path) for path in text], encoding)
             baselines = ngram_losses(prepared.train, tokens) if prepared else {}

@@ -1,8 +1,12 @@
 """Text comes in whole and unchanged, wherever it lies, and what is not text says what it is and how to mend it."""
 
 import codecs
+import csv
+import gzip
 import hashlib
 import io
+import json
+import lzma
 import sys
 import urllib.request
 from contextlib import contextmanager
@@ -10,9 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
 
+import pyarrow
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from nanogpt.corpus import Source, expand, formats, sources
 from nanogpt.corpus.encoding import MARKS, SIGNATURES
@@ -361,3 +368,135 @@ def test_an_empty_word_is_refused(folder, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(UserError):
         expand([""])
+
+
+RECORDS = ["one\nline", "", "zwei, \"drei\"", "日本\r\n", "x" * 5000]
+
+
+def packed(path: Path, content: bytes) -> Path:
+    """A file with this content, packed as its name says."""
+    pack = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": lambda data: zstandard.compress(data[:7]) + zstandard.compress(data[7:])}
+    path.write_bytes(pack.get(path.suffix, bytes)(content))
+    return path
+
+
+def table(kind: str, records: list[str], field: str = "text") -> bytes:
+    """The records as a file of this kind, beside a column of numbers."""
+    if kind == "jsonl":
+        return "".join(json.dumps({"id": i, field: record}, ensure_ascii=i % 2 == 0) + "\n" for i, record in enumerate(records)).encode()
+    file = io.StringIO(newline="") if kind == "csv" else io.BytesIO()
+    if kind == "csv":
+        csv.writer(file).writerows([["id", field], *enumerate(records)])
+        return file.getvalue().encode()
+    parquet.write_table(pyarrow.table({"id": range(len(records)), field: records}), file, row_group_size=2)
+    return file.getvalue()
+
+
+def of(path: Path, field: str | None = None) -> list[str]:
+    """The documents in a file, or everything in a folder."""
+    return ["".join(document) for source in expand([str(path)], field=field) for document in source.documents()]
+
+
+def complaint(path: Path, field: str | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        of(path, field)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "txt"])
+def test_every_format_gives_its_documents(tmp_path, kind, packing):
+    path = tmp_path / f"a.{kind}{packing}"
+    if kind == "txt":
+        assert of(packed(path, (FRENCH * 100).encode("utf-16"))) == [FRENCH * 100]
+        return
+    assert of(packed(path, table(kind, RECORDS))) == [record for record in RECORDS if record]
+    assert of(packed(path, table(kind, RECORDS, "body")), "body") == [record for record in RECORDS if record]
+    there = "'body'" if kind == "jsonl" else "'id', 'body'"
+    said = complaint(path)
+    assert "'text'" in said
+    assert there in said
+    assert said.endswith("with --field.")
+
+
+def test_a_folder_may_mix_them(tmp_path):
+    for name in ("b.jsonl.gz", "c.csv", "d.parquet"):
+        packed(tmp_path / name, table(name.split(".")[1], [name]))
+    packed(tmp_path / "a.md.xz", b"a.md.xz")
+    assert of(tmp_path) == ["a.md.xz", "b.jsonl.gz", "c.csv", "d.parquet"]
+
+
+@pytest.mark.parametrize("packing", [".gz", ".xz", ".zst"])
+def test_an_archive_that_is_cut_short_is_refused_also_in_a_folder(tmp_path, packing):
+    path = packed(tmp_path / f"a.txt{packing}", "".join(f"{hash(str(i))} " for i in range(20_000)).encode())
+    whole = path.read_bytes()
+    for size in (len(whole) - 3, len(whole) // 2):
+        path.write_bytes(whole[:size])
+        assert "is cut short" in complaint(path)
+    with pytest.raises(UserError, match="cut short"):
+        of(tmp_path)
+    path.write_bytes(b"not an archive" * 10)
+    assert "damaged" in complaint(path)
+
+
+def test_a_table_that_is_cut_short_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(table("parquet", RECORDS)[:-20])
+    assert "cannot be read as a Parquet table" in complaint(path)
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'text\nfine\n"not closed\n')
+    assert "line 3" in complaint(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"text": "b"', "line 3 is no JSON"),
+        (b'["b"]', "line 3: this is no JSON object but a list"),
+        (b'{"body": 1, "id": 2}', "line 3: the record has no field 'text'. Its fields: 'body', 'id'."),
+        (b'{"text": 7}', "line 3: 'text' is no text but 7"),
+        (b'{"text": "\\ud800"}', "line 3: 'text' has half of a surrogate pair"),
+        (b'{"text": "caf\xe9 au lait"}', "byte 0xe9 at offset 28, line 3"),
+    ],
+)
+def test_a_wrong_line_of_json_is_named(tmp_path, line, said):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n\n' + line + b"\n")
+    assert said in complaint(tmp_path / "a.jsonl")
+
+
+def test_a_row_without_its_column_is_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"id,text\n1,a\n\n2\n")
+    assert "line 4: the row has 1 of 2 columns and no 'text'" in complaint(tmp_path / "a.csv")
+    (tmp_path / "a.parquet").write_bytes(table("parquet", ["a", None]))
+    assert "row 2: 'text' is no text but None" in complaint(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(("name", "module", "extra"), [("a.zst", "zstandard", "zstd"), ("a.parquet", "pyarrow", "parquet")])
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, name, module, extra):
+    (tmp_path / name).write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, module, None)
+    assert f'pip install "nanogpt[{extra}]"' in complaint(tmp_path / name)
+
+
+def test_an_archive_by_another_name_is_told_from_text(tmp_path):
+    packed(tmp_path / "a.gz", b"text").rename(tmp_path / "a.txt")
+    assert "Name it .gz" in complaint(tmp_path / "a.txt")
+    packed(tmp_path / "b.tar.gz", b"name" + b"\0" * 253 + b"ustar\0")
+    assert "a tar archive" in complaint(tmp_path / "b.tar.gz")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_reading_may_begin_and_end_at_every_place(tmp_path, small_chunks, name):
+    records = [f"Größe {i}\r\nund {'mehr ' * (i % 90)}\nEnde" for i in range(200)]
+    (tmp_path / name).write_bytes(codecs.BOM_UTF8 + ("".join(records).encode() if name == "a.txt" else table("jsonl", records)))
+    (source,) = expand([str(tmp_path / name)])
+    whole = list(source.pieces())
+    places = [piece.place for piece in whole if piece.place]
+    assert len(places) > 40
+    for first, behind in [(places[0], places[1]), (places[3], places[30]), (places[-1], None), (0, places[7])]:
+        part = list(source.pieces(first, behind))
+        begin = next(i for i, piece in enumerate(whole) if piece.place == first) if first else 0
+        end = next(i for i, piece in enumerate(whole) if piece.place == behind) if behind else len(whole)
+        assert "".join(piece.text for piece in part) == "".join(piece.text for piece in whole[begin:end])
+        assert sum(piece.ends for piece in part) == sum(piece.ends for piece in whole[begin:end])
