@@ -1,8 +1,12 @@
 """Text becomes token files: nothing lost, split where it is said to be, found again by its content."""
 
+import gzip
+import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +22,9 @@ from nanogpt.corpus import formats
 from nanogpt.errors import UserError
 from nanogpt.evaluate import ngram_losses
 from nanogpt.files import cache_dir
-from nanogpt.prepare import open_prepared
+from nanogpt.prepare import open_prepared, scan
+from nanogpt.prepare.shards import write_unit
+from nanogpt.tokenizer import train_tokenizer
 
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])) | st.text("a日é😀", max_size=200)
 
@@ -293,3 +299,198 @@ def test_a_killed_process_with_the_same_number_leaves_nothing_that_disturbs(stor
 def test_a_source_at_home_can_be_found_again(story, monkeypatch):
     monkeypatch.setenv("HOME", str(story.parent))
     assert make("~/story.txt").about["sources"] == [str(story)]
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """Files that make many units: two that are cut, small ones that are grouped, a table and a packed one."""
+    monkeypatch.setattr(scan, "UNIT", 3000)
+    monkeypatch.setattr(formats, "CHUNK", 512)
+    folder = tmp_path / "large"
+    folder.mkdir()
+    sentences = "".join(f"Satz {i}: das Übliche,\nund {i * i} mehr.\n\n" for i in range(400))
+    (folder / "a.txt").write_text(sentences, encoding="utf-8")
+    (folder / "b.txt").write_text(sentences[::-1], encoding="utf-8")
+    for i in range(30):
+        (folder / f"c{i}.txt").write_text(f"A small one, {i}.", encoding="utf-8")
+    (folder / "d.jsonl").write_text("".join(json.dumps({"text": f"Record {i}. " * (i % 9)}) + "\n" for i in range(150)), encoding="utf-8")
+    (folder / "e.txt.gz").write_bytes(gzip.compress(sentences[:5000].encode()))
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a prepared folder, but for the note of when they were checked."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "checked.json"}
+
+
+def fill(large: Path, folder: Path, share: tuple[int, int] = (1, 1), **text: object) -> prepare.Prepared | list[int]:
+    return prepare.prepare_folder([str(large)], TextConfig(**text), folder, share)
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_many_units_hold_the_text_of_one(large, tmp_path, monkeypatch, tokenizer):
+    many = fill(large, tmp_path / "many", tokenizer=tokenizer)
+    assert len(list((tmp_path / "many").glob("unit-*"))) > 10
+    monkeypatch.setattr(scan, "UNIT", 10**9)
+    one = fill(large, tmp_path / "one", tokenizer=tokenizer)
+    assert len(list((tmp_path / "one").glob("unit-*"))) == 1
+    assert many.train[:].tolist() == one.train[:].tolist()
+    assert many.val[:].tolist() == one.val[:].tolist()
+    differ = {"folder"}
+    assert {name: many.about[name] for name in many.about if name not in differ} == {name: one.about[name] for name in one.about if name not in differ}
+    assert many.within_documents(16).windows.ends.tolist() == one.within_documents(16).windows.ends.tolist()
+    assert one.about["documents"] == 33 + 150 - 17
+    assert many.about["val_words"] == len(many.tokenizer.decode(many.val[:]).replace("<|end|>", " ").split())
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+def test_several_processes_make_the_same_bytes_as_one(large, tmp_path, order):
+    fill(large, tmp_path / "one")
+    for i in order[:-1]:
+        assert fill(large, tmp_path / "shared", (i, 3))
+        assert not (tmp_path / "shared" / "index.json").exists()
+    assert fill(large, tmp_path / "shared", (order[-1], 3)).about["train_tokens"] > 0
+    assert contents(tmp_path / "shared") == contents(tmp_path / "one")
+
+
+def test_the_parts_of_several_machines_are_completed_when_they_are_together(large, tmp_path):
+    fill(large, tmp_path / "one")
+    for i in (1, 2):
+        assert fill(large, tmp_path / f"part{i}", (i, 2))
+    shutil.copytree(tmp_path / "part1", tmp_path / "part2", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"no index\.json.*\n.*nanogpt prepare"):
+        make(tmp_path / "part2")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "part2").glob("*.bin")}
+    fill(large, tmp_path / "part2")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert contents(tmp_path / "part2") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize("moment", [1, 4, 9])
+def test_a_process_that_is_killed_goes_on_where_it_ended(large, tmp_path, monkeypatch, moment):
+    fill(large, tmp_path / "one")
+    code = (
+        "import os, sys; from pathlib import Path; from nanogpt import prepare; from nanogpt.config import TextConfig\n"
+        "from nanogpt.corpus import formats; from nanogpt.prepare import scan, shards; scan.UNIT, formats.CHUNK, prepare.MOST_THREADS = 3000, 512, 1\n"
+        "write, left = shards._Shard.finish, [int(sys.argv[3])]\n"
+        "def finish(shard):\n left[0] -= 1\n return write(shard) if left[0] else os._exit(9)\n"
+        "shards._Shard.finish = finish; prepare.prepare_folder([sys.argv[1]], TextConfig(), Path(sys.argv[2]))"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, large, tmp_path / "killed", str(moment)], check=False)
+    assert killed.returncode == 9
+    done = len(list((tmp_path / "killed").glob("unit-*")))
+    assert done == (moment - 1) // 2
+    monkeypatch.setattr(prepare, "STILL_WRITTEN", 0.0)
+    again = []
+    monkeypatch.setattr(prepare, "write_unit", lambda folder, number, *rest: again.append(number) or write_unit(folder, number, *rest))
+    fill(large, tmp_path / "killed")
+    assert sorted(again) == list(range(done, len(list((tmp_path / "one").glob("unit-*")))))
+    assert contents(tmp_path / "killed") == contents(tmp_path / "one")
+
+
+def test_a_folder_that_was_prepared_is_trained_on(large, tmp_path):
+    fill(large, tmp_path / "data", tokenizer="byte", val_bytes=2000)
+    prepared = make(tmp_path / "data")
+    assert prepared.about["sources"] == [prepared.about["folder"]] == [str(tmp_path / "data")]
+    assert prepared.tokenizer.vocab_size == 257
+    assert make(tmp_path / "data", tokenizer="byte", cross_documents=False).about == prepared.about
+    with pytest.raises(UserError, match="tokenizer = 'char', but 'byte' in the folder"):
+        make(tmp_path / "data", tokenizer="char")
+
+
+def test_a_damaged_shard_is_found_and_made_anew(large, tmp_path):
+    fill(large, tmp_path / "data")
+    good = contents(tmp_path / "data")
+    shard = tmp_path / "data" / "train-00002.bin"
+    shard.write_bytes(good[shard.name][:-2])
+    with pytest.raises(UserError, match=r"train-00002\.bin is damaged: it has .* bytes, not"):
+        make(tmp_path / "data")
+    shard.write_bytes(b"\1" + good[shard.name][1:])
+    with pytest.raises(UserError, match=r"train-00002\.bin is damaged: its SHA-256"):
+        make(tmp_path / "data")
+    shard.unlink()
+    with pytest.raises(UserError, match="no longer whole"):
+        make(tmp_path / "data")
+    fill(large, tmp_path / "data")
+    assert contents(tmp_path / "data") == good
+
+
+def test_checksums_are_looked_at_once(large, tmp_path, monkeypatch):
+    fill(large, tmp_path / "data")
+    shutil.copytree(tmp_path / "data", tmp_path / "copy", copy_function=shutil.copyfile)
+    looked = []
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: looked.append(file.name) or hashlib.sha256(file.read()))
+    for folder, first in (("data", False), ("copy", True)):
+        make(tmp_path / folder)
+        assert bool(looked) == first
+    looked.clear()
+    make(tmp_path / "copy")
+    assert not looked
+
+
+def test_a_cached_text_whose_shard_was_damaged_is_prepared_again(story):
+    before = make(story)
+    shard = Path(before.about["folder"]) / "train-00000.bin"
+    good = shard.read_bytes()
+    shard.write_bytes(bytes(len(good)))
+    assert make(story).train[:].tobytes() == good
+
+
+def test_a_folder_with_something_else_is_refused(large, tmp_path, story):
+    fill(large, tmp_path / "data", (1, 2))
+    for changed in ({"sources": [str(story)]}, {"settings": TextConfig(val_bytes=99)}):
+        with pytest.raises(UserError, match="holds the tokens of another text"):
+            prepare.prepare_folder(**{"sources": [str(large)], "settings": TextConfig(), "folder": tmp_path / "data"} | changed)
+    with pytest.raises(UserError, match=r"no folder of prepared text: it holds a\.txt"):
+        fill(large, large)
+    with pytest.raises(UserError, match="is a file"):
+        fill(large, story)
+    for share in ((0, 2), (3, 2), (1, 0)):
+        with pytest.raises(UserError, match="is no share"):
+            fill(large, tmp_path / "other", share)
+
+
+def test_a_text_that_changes_while_it_is_read_is_refused(story, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "train_tokenizer", lambda *rest: story.write_text("shorter " * 9) and train_tokenizer(*rest))
+    with pytest.raises(UserError, match="changed while it was read"):
+        make(story)
+
+
+def test_a_table_is_held_out_by_whole_records(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i:03} " + "word " * 19, "other": i}) + "\n" for i in range(100)))
+    prepared = make(tmp_path / "a.jsonl")
+    assert prepared.about["split"] == "10 of 100 documents, chosen by a hash of their names, are held out"
+    train, val = (whole_documents(split[:], prepared.tokenizer.end) for split in (prepared.train, prepared.val))
+    assert sorted(prepared.tokenizer.decode(document) for document in train + val) == [f"{i:03} " + "word " * 19 for i in range(100)]
+    assert prepared.about["val_words"] == 10 * 20
+    assert prepared.within_documents(8).windows.ends.tolist() == [100 * i for i in range(1, 91)]
+
+
+MEMORY = """
+import sys, threading, time
+from pathlib import Path
+import nanogpt.library
+from nanogpt.config import TextConfig
+from nanogpt.prepare import prepare_folder
+most, status = [0], Path("/proc/self/status")
+def watch():
+    while True:
+        most[0] = max(most[0], int(status.read_text().split("RssAnon:")[1].split()[0]))
+        time.sleep(0.005)
+before = int(status.read_text().split("RssAnon:")[1].split()[0])
+threading.Thread(target=watch, daemon=True).start()
+prepared = prepare_folder([sys.argv[1]], TextConfig(tokenizer=sys.argv[2]), Path(sys.argv[3]))
+batch = nanogpt.data.batch(prepared.train, 1, 0, range(64), 64, 256)
+print(most[0] - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what Linux says of a process")
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    text = "".join(f"Line {i} of a long text, which goes on for some time.\n" for i in range(20_000))
+    used = []
+    for copies in (16, 64):
+        (tmp_path / f"{copies}.txt").write_text(text * copies, encoding="utf-8")
+        command = [sys.executable, "-c", MEMORY, tmp_path / f"{copies}.txt", "char", tmp_path / f"{copies}"]
+        used.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    assert used[1] < used[0] + 40_000  # kilobytes: the second text has 55 MB more

@@ -25,7 +25,7 @@ CHUNK = 1 << 20  # bytes read at a time
 ROWS = 256  # of a Parquet table, read at a time
 LONGEST_CELL = 2**31 - 1  # characters of a CSV cell; the csv module allows 131,072 if nothing is said
 PACKINGS = (".gz", ".xz", ".zst")
-AT_LINE_END = re.compile(r"[^\W_](?=\r?\n)")  # a word that a line ends with: no tokenizer joins what stands before its end and behind it
+WORD_END = re.compile(r"\S(?=[ \n])")  # behind it a text may be cut: tokenizers begin something new at white space
 DEFAULT_FIELD = "text"
 
 
@@ -88,7 +88,7 @@ def blocks(stream: BinaryIO, length: int | None = None) -> Iterator[bytes]:
 
 
 def _text(stream: BinaryIO, where: str, encoding: str | None, seekable: bool, begin: int, until: int | None) -> Iterator[Piece]:
-    """One document. A reading may begin at the end of the first line in each block, where bytes can be found again: in UTF-8 that is not packed."""
+    """One document. A reading may begin behind the first word in each block, where bytes can be found again: in UTF-8 that is not packed."""
     if seekable:
         found, skip = find_encoding(stream.read(CHUNK), where, encoding)
         stream.seek(begin)
@@ -97,10 +97,10 @@ def _text(stream: BinaryIO, where: str, encoding: str | None, seekable: bool, be
         if not seekable:
             yield Piece(text, False, None)
             continue
-        line = AT_LINE_END.search(text)
-        cut = line.end() if line else len(text)
+        word = WORD_END.search(text)
+        cut = word.end() if word else len(text)
         yield Piece(text[:cut], False, None)
-        if line:
+        if word:
             yield Piece(text[cut:], False, offset + len(text[:cut].encode()))
         offset += len(text.encode())
     if until is None:
