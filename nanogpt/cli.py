@@ -189,7 +189,8 @@ def prepare(
     if as_json:
         print(json.dumps({"missing_units": done} if isinstance(done, list) else done.about))
     elif isinstance(done, list):
-        print(f"This part is done. {len(done):,} units of others are still missing in {out}.")
+        are = "unit of other parts is" if len(done) == 1 else "units of other parts are"
+        print(f"This part is done. {len(done):,} {are} still missing in {out}.")
     else:
         about = done.about
         print(f"{about['train_bytes'] + about['val_bytes']:,} bytes in {about['documents']:,} documents: {about['train_tokens']:,} tokens to train on, "

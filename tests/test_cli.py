@@ -281,3 +281,24 @@ def test_bench_measures_training_and_writing(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "tokens/s" in out
     assert "Writing" in out
+
+
+def test_text_is_prepared_in_parts_and_trained_on(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": f"Text {i}: " + "the cat. " * (i % 7 + 1)}) + "\n" for i in range(200)))
+    words = ["prepare", tmp_path / "a.jsonl", "--field", "body", "--tokenizer", "byte", "--out", tmp_path / "data"]
+    assert run(*words, "--shard", "2/2") == 0
+    assert "1 unit of other parts is still missing" in capsys.readouterr().out
+    assert run(*words, "--shard", "1/2") == 0
+    assert "in 200 documents" in (out := capsys.readouterr().out)
+    assert f"nanogpt train {tmp_path / 'data'}" in out
+    assert run(*words, "--shard", "half") == 2
+    assert "--shard half" in capsys.readouterr().err
+    for more in (["--steps", 4], ["--resume", "--steps", 6]):
+        text = [] if "--resume" in more else [tmp_path / "data"]
+        small = [] if "--resume" in more else [word for word in SMALL if not word.startswith("--steps")]
+        assert run("train", *text, *small, "--no-cross-documents", "--out", tmp_path / "run", *more) == 0
+    settings = (tmp_path / "run" / "config.toml").read_text()
+    for expected in ('tokenizer = "byte"', 'field = "body"', "cross_documents = false"):
+        assert expected in settings
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < min(step["tokens"] for step in steps if "tokens" in step) < 4 * 16  # what lies behind the ends of documents is not counted
