@@ -370,7 +370,7 @@ def test_an_empty_word_is_refused(folder, monkeypatch):
         expand([""])
 
 
-RECORDS = ["one\nline", "", "zwei, \"drei\"", "日本\r\n", "x" * 5000]
+RECORDS = ["one\nline", "", 'zwei, "drei"', "日本\r\n", "x" * 5000]
 
 
 def packed(path: Path, content: bytes) -> Path:

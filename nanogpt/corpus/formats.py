@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 from nanogpt.corpus.encoding import decoded, find_encoding, undecodable
 from nanogpt.errors import UserError
 
-CHUNK = 1 << 20  # bytes read at a time
+CHUNK = 1 << 18  # bytes read at a time
 ROWS = 256  # of a Parquet table, read at a time
 LONGEST_CELL = 2**31 - 1  # characters of a CSV cell; the csv module allows 131,072 if nothing is said
 PACKINGS = (".gz", ".xz", ".zst")
@@ -234,7 +234,7 @@ class _Zstandard(io.RawIOBase):
                 data, self._frame, self._fresh = self._frame.unused_data, self._unpacker.decompressobj(), True
             else:
                 data = b""
-            data = data or self._file.read(CHUNK >> 4)
+            data = data or self._file.read(CHUNK)
             if not data and not self._fresh:
                 raise EOFError
             if not data:

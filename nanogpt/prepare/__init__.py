@@ -33,7 +33,7 @@ from nanogpt.tokenizer import Tokenizer, train_tokenizer
 
 VERSION = 2  # of the prepared files
 OWN = ("train-", "val-", "unit-", "tokenizer.json", "index.json", "checked.json")  # how the names of a prepared folder's files begin
-MOST_THREADS = 8  # that encode at a time; each takes some 30 MB, and tokenizers that need more processors use them by themselves
+MOST_THREADS = 8  # that encode at a time; each takes some 10 MB, and tokenizers that need more processors use them by themselves
 STILL_WRITTEN = 60.0  # seconds since a file was last written to, up to which somebody may be about to go on
 
 

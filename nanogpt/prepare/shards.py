@@ -24,7 +24,7 @@ from nanogpt.files import replacing, write_text
 from nanogpt.prepare.scan import Scan, Split
 from nanogpt.tokenizer import Tokenizer
 
-BUFFER = 1 << 20  # tokens that are written at a time
+BUFFER = 1 << 16  # tokens that are written at a time, at least
 
 
 class Stretch(NamedTuple):
