@@ -6,6 +6,7 @@ In: words. Out: an exit code: 0; 2 for a `UserError`; 130 or 143 after a signal.
 import json
 import math
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -19,11 +20,12 @@ from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 
 import nanogpt
-from nanogpt.config import Config, PlaceConfig, SamplingConfig, explain, flatten, preset_settings, resolve
+from nanogpt.config import Config, PlaceConfig, SamplingConfig, TextConfig, explain, flatten, preset_settings, resolve
 from nanogpt.errors import Notice, UserError
 
 Settings = Annotated[Config, Parameter(name="*")]
 PlaceSettings = Annotated[PlaceConfig, Parameter(name="*", group="Machine")]
+TextSettings = Annotated[TextConfig, Parameter(name="*", group="Text")]
 SamplingSettings = Annotated[SamplingConfig, Parameter(name="*", group="Sampling")]
 Switch = Annotated[bool, Parameter(negative="")]
 Words = Annotated[str, Parameter(allow_leading_hyphen=True)]  # which may begin with a dash
@@ -191,6 +193,43 @@ def compare(*run: Path, as_json: AsJson = False, plot: Path | None = None) -> No
         write_text(plot, side_by_side.plot(found))
     _end_quietly_with_the_reader()
     print(json.dumps(found.asdict()) if as_json else side_by_side.table(found, shutil.get_terminal_size().columns), end="\n" if as_json else "")
+
+
+@app.command
+def prepare(
+    *text: str, out: Path, shard: str = "1/1", as_json: AsJson = False, settings: TextSettings = TextConfig(),
+) -> None:  # fmt: skip
+    """Make the tokens of a large text once, in one process or many; then nanogpt train OUT.
+
+    Parameters
+    ----------
+    text
+        Files, folders, globs, - for standard input, or a built-in text: python, python-docs, shakespeare.
+    out
+        The folder for them. A process that was ended goes on there.
+    shard
+        Do the i-th of n parts of the work, as i/n. The last to end, of processes that share the folder, completes it; of folders on several machines, copy all
+        files into one and run the command once more without this.
+    as_json
+        One JSON object instead of lines.
+    """
+    from nanogpt.prepare import prepare_folder
+
+    parts = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard)
+    if not parts:
+        raise UserError(f"--shard {shard} is not like i/n.", "Use --shard 1/2 in one process and --shard 2/2 in the other, for example.")
+    if not text:
+        raise UserError("Which text?", "nanogpt prepare TEXT --out FOLDER.")
+    done = prepare_folder(text, settings, out, (int(parts[1]), int(parts[2])))
+    if as_json:
+        print(json.dumps({"missing_units": done} if isinstance(done, list) else done.about))
+    elif isinstance(done, list):
+        are = "unit of other parts is" if len(done) == 1 else "units of other parts are"
+        print(f"This part is done. {len(done):,} {are} still missing in {out}.")
+    else:
+        about = done.about
+        print(f"{about['train_bytes'] + about['val_bytes']:,} bytes in {about['documents']:,} documents: {about['train_tokens']:,} tokens to train on, "
+              f"{about['val_tokens']:,} to validate on; {about['split']}.\nTrain on it: nanogpt train {shlex.quote(str(out))}")  # fmt: skip
 
 
 @app.command

@@ -75,6 +75,10 @@ class TextConfig(Section):
     """What a token is: char, byte, word, bpe (parts of words), or what the tokenizer.json at this path says."""
     vocab_size: Annotated[int | None, Field(ge=1)] = None
     """Different tokens of word and bpe. [default: by the text's size, from 512 to 32768: 1 MB gets 1024 for bpe, 4096 for word]"""
+    field: str | None = None
+    """Field of a JSONL file, or column of a CSV or Parquet table, that holds the text. [default: text]"""
+    cross_documents: bool = True
+    """Whether a window of text to learn from may reach from one document into the next."""
     encoding: str | None = None
     """Encoding of the text files. [default: UTF-8, or UTF-16 where its mark is found]"""
     val: str | None = None

@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from nanogpt.data import Tokens
 from nanogpt.machine import Machine
 from nanogpt.model import GPT
 
@@ -70,7 +71,7 @@ class Size:
 
 @torch.inference_mode()
 def evaluate(
-    model: GPT, tokens: np.ndarray, n_bytes: int, machine: Machine, context_length: int | None = None, limit: int | None = None, n_words: int = 0
+    model: GPT, tokens: Tokens | np.ndarray, n_bytes: int, machine: Machine, context_length: int | None = None, limit: int | None = None, n_words: int = 0
 ) -> Loss:
     """The loss over all of `tokens` (N,), N >= 2, in non-overlapping windows of `context_length` (the model's own, if not given).
 
@@ -95,27 +96,27 @@ def evaluate(
     return Loss(nats, count, n_bytes * share, n_words * share)
 
 
-def ngram_losses(train: np.ndarray, val: np.ndarray) -> dict[str, float]:
+def ngram_losses(train: Tokens | np.ndarray, val: Tokens | np.ndarray) -> dict[str, float]:
     """The n-gram baselines: nats per token of `val` (N,) under uniform, unigram, bigram and trigram models of `train` (M,).
 
     Smoothing is Witten and Bell's (1991; Chen and Goodman 1998, section 2.5): a context seen c times with u different
     successors trusts its own counts with c / (c + u) and the shorter context with the rest. "uniform" spreads evenly
     over the tokens that occur. Counted on the first `NGRAM_TOKENS` of `train`, scored on the first `NGRAM_SCORED` of `val`.
     """
-    train, val = np.asarray(train[:NGRAM_TOKENS]), np.asarray(val[:NGRAM_SCORED])
-    occurs = np.zeros(1 + max(int(part.max(initial=0)) for part in (train, val)), bool)
-    occurs[train] = occurs[val] = True
+    counted, scored = train[:NGRAM_TOKENS], val[:NGRAM_SCORED]
+    occurs = np.zeros(1 + max(int(part.max(initial=0)) for part in (counted, scored)), bool)
+    occurs[counted] = occurs[scored] = True
     place, size = (occurs.cumsum() - 1).astype(np.int32), int(occurs.sum())
-    train, val = place[train], place[val]  # numbers below `size`
+    text, held_out = place[counted], place[scored]  # numbers below `size`
     losses = {"uniform": math.log(size)}
-    p = np.full(len(val), 1 / size)  # of every token of val, under the shorter context
+    p = np.full(len(held_out), 1 / size)  # of every held-out token, under the shorter context
     for order, name in enumerate(("unigram", "bigram", "trigram"), start=1):
-        if len(train) < order or len(val) <= order:
+        if len(text) < order or len(held_out) <= order:
             break
-        distinct, counts = _counted(_windows(train, order, size))
+        distinct, counts = _counted(_windows(text, order, size))
         contexts, first = _starts(distinct // size)  # distinct is sorted, so successors lie together
         uses, successors = np.add.reduceat(counts, first), np.diff(np.append(first, len(distinct)))
-        seen = _windows(val, order, size)
+        seen = _windows(held_out, order, size)
         c, u = _lookup(contexts, uses, seen // size), _lookup(contexts, successors, seen // size)
         own = _lookup(distinct, counts, seen)
         p = p.copy()
@@ -234,7 +235,7 @@ class PositionLoss:
 
 
 @torch.inference_mode()
-def loss_by_position(model: GPT, tokens: np.ndarray, machine: Machine, context_length: int | None = None) -> list[PositionLoss]:
+def loss_by_position(model: GPT, tokens: Tokens | np.ndarray, machine: Machine, context_length: int | None = None) -> list[PositionLoss]:
     """The loss over all of `tokens` (N,), N >= 2, in the windows of `evaluate`, by position in the window: 0 to 15, 16 to 31, 32 to 63, and so on."""
     T = min(context_length or model.config.context_length, len(tokens) - 1)
     nats, counts = torch.zeros(T, dtype=torch.float64), torch.zeros(T, dtype=torch.int64)

@@ -37,6 +37,7 @@ from nanogpt.config import (
     to_toml,
 )
 from nanogpt.corpus import expand, findable
+from nanogpt.data import Tokens
 from nanogpt.errors import Notice, UserError
 from nanogpt.evaluate import Loss, PositionLoss, Size, Verdict, evaluate, loss_by_position, ngram_losses
 from nanogpt.files import locked, require_space, sweep, write_text
@@ -113,6 +114,7 @@ class Model:
                 raise
             warnings.warn(f"No baselines: {error}", Notice, stacklevel=2)
             prepared = None
+        tokens: Tokens | np.ndarray
         if text:
             tokens, n_bytes, n_words = self._encode([os.fspath(path) for path in text], encoding)
             baselines = ngram_losses(prepared.train, tokens) if prepared else {}
@@ -155,9 +157,11 @@ class Model:
         """The tokens of a text, its bytes and its words."""
         pieces: list[np.ndarray] = []
         size = Size()
-        for document in (documents := expand(sources, encoding)):
-            pieces += self.tokenizer.encode_chunks(size.counting(document.chunks()))
-            if len(documents) > 1:
+        found = expand(sources, encoding)
+        many = len(found) > 1 or found[0].is_table
+        for texts in (texts for source in found for texts in source.documents()):
+            pieces += self.tokenizer.encode_chunks(size.counting(texts))
+            if many:
                 pieces.append(np.array([self.tokenizer.end], np.uint32))
         tokens = np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
         if len(tokens) < 2:
@@ -283,6 +287,9 @@ def _settle(
     if resuming and steps is not None and (checkpoint.latest_step(run) or 0) > steps:
         raise UserError(f"The run in {run} is at step {checkpoint.latest_step(run):,} already, past --steps {steps}.", "Give it more steps.")
     prepared = _text_of(run, settled, sources) if resuming else _new_text(sources, settled, earlier)
+    if prepared.about["sources"] == [prepared.about["folder"]]:  # the settings of a text that was prepared before are those it was prepared with
+        given = given | {name: value for name, value in prepared.about["text"].items() if name != "cross_documents"}
+        settled = resolve(given, complete=not recipe_follows)
     place = machine.choose(settled.machine)
     choices: list[Choice] = []
     if begun is not None and recipe_follows:
@@ -298,6 +305,8 @@ def _settle(
     seconds = _expected_seconds(settled, prepared, place)
     place, reasons = machine.for_training(place, settled.machine, settled.model, settled.training.batch_size, seconds)
     choices += [Choice(name, getattr(place.settings(), name), reason) for name, reason in reasons.items()]
+    if not settled.text.cross_documents:
+        prepared = prepared.within_documents(settled.model.context_length)
     return settled.model_copy(update={"machine": place.settings()}), prepared, place, choices
 
 

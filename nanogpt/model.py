@@ -327,7 +327,7 @@ class GPT(nn.Module):
         return self.logits(self.trunk(idx, cache=cache)[:, -1])
 
     def nats(self, idx: Tensor, targets: Tensor, keys: Tensor | None = None) -> Tensor:
-        """The summed cross-entropy, in nats, of targets (B, T) after idx (B, T): a sum, so that parts can be added before dividing."""
+        """The summed cross-entropy, in nats, of targets (B, T), -100 for none, after idx (B, T): a sum, so that parts can be added before dividing."""
         return torch.stack(self._cross_entropies(self.trunk(idx, keys), targets, "sum")).sum()
 
     def nats_of_each(self, idx: Tensor, targets: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def adamw(parameters: list[Tensor], state: dict[Tensor, dict[str, Tensor]], rate
         if not state[p]:
             state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p), "step": torch.zeros((), device=p.device)}
         state[p]["step"] += 1
-    gradients = [p.grad for p in parameters]
+    gradients = [p.grad for p in parameters if p.grad is not None]  # all of them
     first, second, steps = ([state[p][key] for p in parameters] for key in ("exp_avg", "exp_avg_sq", "step"))
     torch._fused_adamw_(
         parameters, gradients, first, second, [], steps,
@@ -95,6 +95,7 @@ def muon(matrices: dict[Tensor, list[int]], state: dict[Tensor, dict[str, Tensor
     for p, rows in matrices.items():
         if not state[p]:
             state[p]["momentum"] = torch.zeros_like(p)
+        assert p.grad is not None
         momentum = state[p]["momentum"].lerp_(p.grad, 1 - MOMENTUM)
         direction = p.grad.lerp(momentum, MOMENTUM).to(dtype)
         p.mul_(1 - rate * decay)

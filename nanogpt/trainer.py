@@ -204,7 +204,7 @@ class Trainer:
 
     def accumulate(self) -> Tensor:
         """The same, without a second try. Each row has its own dropout key, so that the parts make no difference but by rounding."""
-        count, rows = self.upcoming[1].numel(), self.settings.micro_batch_size or self.settings.batch_size
+        count, rows = self.targets(self.upcoming[1]), self.settings.micro_batch_size or self.settings.batch_size
         summed = torch.zeros((), device=self.machine.device)
         for x, y, keys in zip(*(tensor.split(rows) for tensor in self.upcoming), strict=True):  # (b, T), (b, T), (b,)
             with self.machine.autocast():
@@ -259,14 +259,18 @@ class Trainer:
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """The batch of a step on its way to the device: x (B, T), y (B, T) and keys (B,)."""
         B = self.settings.batch_size
-        x, y, keys = data.batch(self.text.train, self.settings.seed, step, range(B), B, self.model.config.context_length)
+        x, y, keys = data.batch(self.text.train, self.settings.seed, step, range(B), B, self.model.config.context_length, self.text.windows)
         return self.machine.send(x), self.machine.send(y), self.machine.send(keys)
+
+    def targets(self, y: Tensor) -> int:
+        """How many of the targets y (B, T) there are to predict: all, but for those behind the end of a document."""
+        return y.numel() if self.text.windows is None else int((y != data.IGNORED).sum())
 
     def step(self) -> Stepped:
         """One update of the weights, on the batch that belongs to this step. A GPU is asked for its numbers only when it has all its work."""
         begin = time.perf_counter()
         settings, position = self.settings, self.position
-        count = self.upcoming[1].numel()
+        count = self.targets(self.upcoming[1])
         progress, middle = self.progress(1.0), self.progress(0.5)
         nats = self.gradients()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip or math.inf)

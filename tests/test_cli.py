@@ -11,18 +11,21 @@ import nanogpt
 from nanogpt import cli
 
 SURFACE = {
-    "train": "--arch --attention --batch-size --checkpoint-activations --compile --config --context-length --cooldown --deterministic --device --dropout "
-    "--dtype --encoding --eval-every --grad-clip --init-from --learning-rate --matrix-learning-rate --micro-batch-size --minutes --n-embd "
-    "--n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --optimizer --out --overwrite --patience --preset --resume "
-    "--rope-base --seed --steps --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay --window",
-    "plan": "--arch --attention --batch-size --checkpoint-activations --compile --context-length --cooldown --deterministic --device --dropout --dtype "
-    "--encoding --eval-every --gpu --gpus-per-node --grad-clip --json --learning-rate --matrix-learning-rate --micro-batch-size --minutes "
-    "--n-embd --n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --nodes --optimizer --patience --preset --rope-base --seed "
-    "--steps --text-bytes --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay --window",
-    "bench": "--arch --attention --batch-size --checkpoint-activations --compile --context-length --cooldown --deterministic --device --dropout --dtype "
-    "--encoding --eval-every --grad-clip --json --learning-rate --matrix-learning-rate --micro-batch-size --minutes --n-embd --n-head --n-kv-head "
-    "--n-layer --no-checkpoint-activations --no-compile --optimizer --patience --rope-base --seed --steps --threads --tokenizer --val --val-bytes "
-    "--vocab-size --warmup-steps --weight-decay --window",
+    "train": "--arch --attention --batch-size --checkpoint-activations --compile --config --context-length --cooldown --cross-documents --deterministic "
+    "--device --dropout --dtype --encoding --eval-every --field --grad-clip --init-from --learning-rate --matrix-learning-rate --micro-batch-size "
+    "--minutes --n-embd --n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --optimizer --out --overwrite "
+    "--patience --preset --resume --rope-base --seed --steps --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay "
+    "--window",
+    "plan": "--arch --attention --batch-size --checkpoint-activations --compile --context-length --cooldown --cross-documents --deterministic --device "
+    "--dropout --dtype --encoding --eval-every --field --gpu --gpus-per-node --grad-clip --json --learning-rate --matrix-learning-rate --micro-batch- "
+    "size --minutes --n-embd --n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --nodes --optimizer "
+    "--patience --preset --rope-base --seed --steps --text-bytes --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay "
+    "--window",
+    "bench": "--arch --attention --batch-size --checkpoint-activations --compile --context-length --cooldown --cross-documents --deterministic --device "
+    "--dropout --dtype --encoding --eval-every --field --grad-clip --json --learning-rate --matrix-learning-rate --micro-batch-size --minutes --n-embd "
+    "--n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --optimizer --patience --rope-base --seed --steps "
+    "--threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay --window",
+    "prepare": "--cross-documents --encoding --field --json --no-cross-documents --out --shard --tokenizer --val --val-bytes --vocab-size",
     "sample": "--device --dtype --encoding --json --max-tokens --min-p --n --prompt --prompt-file --seed --stop --strict --temperature --threads "
     "--top-k --top-p",
     "eval": "--by-position --context-length --device --dtype --encoding --json --threads",
@@ -303,3 +306,24 @@ def test_bench_measures_training_and_writing(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "tokens/s" in out
     assert "Writing" in out
+
+
+def test_text_is_prepared_in_parts_and_trained_on(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": f"Text {i}: " + "the cat. " * (i % 7 + 1)}) + "\n" for i in range(200)))
+    words = ["prepare", tmp_path / "a.jsonl", "--field", "body", "--tokenizer", "byte", "--out", tmp_path / "data"]
+    assert run(*words, "--shard", "2/2") == 0
+    assert "1 unit of other parts is still missing" in capsys.readouterr().out
+    assert run(*words, "--shard", "1/2") == 0
+    assert "in 200 documents" in (out := capsys.readouterr().out)
+    assert f"nanogpt train {tmp_path / 'data'}" in out
+    assert run(*words, "--shard", "half") == 2
+    assert "--shard half" in capsys.readouterr().err
+    for more in (["--steps", 4], ["--resume", "--steps", 6]):
+        text = [] if "--resume" in more else [tmp_path / "data"]
+        small = [] if "--resume" in more else [word for word in SMALL if not word.startswith("--steps")]
+        assert run("train", *text, *small, "--no-cross-documents", "--out", tmp_path / "run", *more) == 0
+    settings = (tmp_path / "run" / "config.toml").read_text()
+    for expected in ('tokenizer = "byte"', 'field = "body"', "cross_documents = false"):
+        assert expected in settings
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < min(step["tokens"] for step in steps if "tokens" in step) < 4 * 16  # what lies behind the ends of documents is not counted

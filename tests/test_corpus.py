@@ -1,8 +1,12 @@
 """Text comes in whole and unchanged, wherever it lies, and what is not text says what it is and how to mend it."""
 
 import codecs
+import csv
+import gzip
 import hashlib
 import io
+import json
+import lzma
 import sys
 import urllib.request
 from contextlib import contextmanager
@@ -10,12 +14,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
 
+import pyarrow
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
-from nanogpt import corpus
-from nanogpt.corpus import Document, expand
+from nanogpt.corpus import Source, expand, formats, sources
+from nanogpt.corpus.encoding import MARKS, SIGNATURES
 from nanogpt.errors import Notice, UserError
 from nanogpt.files import cache_dir
 
@@ -32,7 +39,7 @@ LINES = "a\nb\r\nc\rd\x0be\x0cf\x1cg\x85h\u2028i\u2029j\n\n"
 
 
 def read(content: bytes, encoding: str | None = None) -> str:
-    return "".join(Document("text", lambda: io.BytesIO(content), encoding).chunks())
+    return "".join(Source("text", lambda: io.BytesIO(content), encoding).chunks())
 
 
 def names(*sources: object) -> list[str]:
@@ -57,7 +64,7 @@ def folder(tmp_path):
 @contextmanager
 def in_chunks_of(size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "CHUNK", size)
+        patch.setattr(formats, "CHUNK", size)
         yield
 
 
@@ -98,7 +105,7 @@ def test_a_hidden_folder_may_be_named(folder):
 
 
 def test_what_is_not_text_is_left_out_of_a_folder_with_one_notice(folder):
-    for name, content in {"photo.jpg": b"\xff\xd8\xff\xe0", "data.bin": b"a\0b", "x.zip": b"PK\x03\x04", "y.gz": b"\x1f\x8b\x08"}.items():
+    for name, content in {"photo.jpg": b"\xff\xd8\xff\xe0", "data.bin": b"a\0b", "x.zip": b"PK\x03\x04", "y.7z": b"7z\xbc\xaf"}.items():
         (folder / name).write_bytes(content)
     with pytest.warns(Notice) as notices:
         assert names(folder) == ["a.md", "b.txt", "sub/c.txt", "sub/deep/d"]
@@ -189,7 +196,7 @@ def test_a_path_that_exists_comes_before_a_built_in_text(tmp_path, monkeypatch):
 def test_shakespeare_offline_says_where_the_file_can_be_put(offline):
     with pytest.raises(UserError) as caught:
         expand(["shakespeare"])
-    assert corpus.SHAKESPEARE_URL in str(caught.value)
+    assert sources.SHAKESPEARE_URL in str(caught.value)
     assert str(cache_dir() / "shakespeare.txt") in str(caught.value)
 
 
@@ -199,7 +206,7 @@ def test_shakespeare_is_taken_from_the_cache_and_checked(offline, monkeypatch):
     path.write_bytes(b"To be, or not to be")
     with pytest.raises(UserError, match=r"not Tiny Shakespeare: its SHA-256 is .*\n.*Remove"):
         expand(["shakespeare"])
-    monkeypatch.setattr(corpus, "SHAKESPEARE_SHA256", hashlib.sha256(b"To be, or not to be").hexdigest())
+    monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(b"To be, or not to be").hexdigest())
     assert names("shakespeare") == ["shakespeare"]
 
 
@@ -212,14 +219,14 @@ def test_a_wrong_download_is_not_kept(monkeypatch):
 
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE])
 def test_utf_8_and_utf_16_give_the_same_characters_and_keep_line_ends(mark):
-    encoding = corpus.MARKS.get(mark, "utf-8")
+    encoding = MARKS.get(mark, "utf-8")
     assert read(mark + (LINES + "Grüße 日本 👩‍👩‍👧").encode(encoding)) == LINES + "Grüße 日本 👩‍👩‍👧"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-16", "utf-8-sig", "utf-32", "cp1252", "latin-1"])
 def test_an_encoding_that_is_given_is_used_and_its_mark_is_no_text(encoding):
     assert read(FRENCH.encode(encoding), encoding) == FRENCH
-    if mark := {name: mark for mark, name in corpus.MARKS.items()}.get(encoding):
+    if mark := {name: mark for mark, name in MARKS.items()}.get(encoding):
         assert read(mark + FRENCH.encode(encoding), encoding) == FRENCH
 
 
@@ -245,10 +252,10 @@ def test_chunk_borders_change_nothing(text, size, encoding):
         assert read(text.encode(encoding), encoding) == text.removeprefix("\ufeff" if encoding == "utf-8" else "")
 
 
-@given(st.text(), st.integers(4, 9), st.sampled_from(sorted(corpus.MARKS)))
+@given(st.text(), st.integers(4, 9), st.sampled_from(sorted(MARKS)))
 def test_chunk_borders_change_nothing_behind_a_mark(text, size, mark):
     with in_chunks_of(size):
-        assert read(mark + text.encode(corpus.MARKS[mark])) == text
+        assert read(mark + text.encode(MARKS[mark])) == text
 
 
 def python_says(content: bytes) -> str:
@@ -324,7 +331,7 @@ def test_lines_are_counted_in_characters():
     assert "line 1 (" in refusal(codecs.BOM_UTF16_LE + "\u010a".encode("utf-16-le") + b"\0\xd8a\0")
 
 
-@pytest.mark.parametrize(("head", "kind"), corpus.SIGNATURES.items())
+@pytest.mark.parametrize(("head", "kind"), SIGNATURES.items())
 def test_what_is_not_plain_text_is_called_by_its_name(head, kind):
     said = refusal(head + b"\0\1\2" * 100)
     assert said.startswith(f"text is {kind}, not plain text.")
@@ -361,3 +368,135 @@ def test_an_empty_word_is_refused(folder, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(UserError):
         expand([""])
+
+
+RECORDS = ["one\nline", "", 'zwei, "drei"', "日本\r\n", "x" * 5000]
+
+
+def packed(path: Path, content: bytes) -> Path:
+    """A file with this content, packed as its name says."""
+    pack = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": lambda data: zstandard.compress(data[:7]) + zstandard.compress(data[7:])}
+    path.write_bytes(pack.get(path.suffix, bytes)(content))
+    return path
+
+
+def table(kind: str, records: list[str], field: str = "text") -> bytes:
+    """The records as a file of this kind, beside a column of numbers."""
+    if kind == "jsonl":
+        return "".join(json.dumps({"id": i, field: record}, ensure_ascii=i % 2 == 0) + "\n" for i, record in enumerate(records)).encode()
+    file = io.StringIO(newline="") if kind == "csv" else io.BytesIO()
+    if kind == "csv":
+        csv.writer(file).writerows([["id", field], *enumerate(records)])
+        return file.getvalue().encode()
+    parquet.write_table(pyarrow.table({"id": range(len(records)), field: records}), file, row_group_size=2)
+    return file.getvalue()
+
+
+def of(path: Path, field: str | None = None) -> list[str]:
+    """The documents in a file, or everything in a folder."""
+    return ["".join(document) for source in expand([str(path)], field=field) for document in source.documents()]
+
+
+def complaint(path: Path, field: str | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        of(path, field)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "txt"])
+def test_every_format_gives_its_documents(tmp_path, kind, packing):
+    path = tmp_path / f"a.{kind}{packing}"
+    if kind == "txt":
+        assert of(packed(path, (FRENCH * 100).encode("utf-16"))) == [FRENCH * 100]
+        return
+    assert of(packed(path, table(kind, RECORDS))) == [record for record in RECORDS if record]
+    assert of(packed(path, table(kind, RECORDS, "body")), "body") == [record for record in RECORDS if record]
+    there = "'body'" if kind == "jsonl" else "'id', 'body'"
+    said = complaint(path)
+    assert "'text'" in said
+    assert there in said
+    assert said.endswith("with --field.")
+
+
+def test_a_folder_may_mix_them(tmp_path):
+    for name in ("b.jsonl.gz", "c.csv", "d.parquet"):
+        packed(tmp_path / name, table(name.split(".")[1], [name]))
+    packed(tmp_path / "a.md.xz", b"a.md.xz")
+    assert of(tmp_path) == ["a.md.xz", "b.jsonl.gz", "c.csv", "d.parquet"]
+
+
+@pytest.mark.parametrize("packing", [".gz", ".xz", ".zst"])
+def test_an_archive_that_is_cut_short_is_refused_also_in_a_folder(tmp_path, packing):
+    path = packed(tmp_path / f"a.txt{packing}", "".join(f"{hash(str(i))} " for i in range(20_000)).encode())
+    whole = path.read_bytes()
+    for size in (len(whole) - 3, len(whole) // 2):
+        path.write_bytes(whole[:size])
+        assert "is cut short" in complaint(path)
+    with pytest.raises(UserError, match="cut short"):
+        of(tmp_path)
+    path.write_bytes(b"not an archive" * 10)
+    assert "damaged" in complaint(path)
+
+
+def test_a_table_that_is_cut_short_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(table("parquet", RECORDS)[:-20])
+    assert "cannot be read as a Parquet table" in complaint(path)
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'text\nfine\n"not closed\n')
+    assert "line 3" in complaint(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"text": "b"', "line 3 is no JSON"),
+        (b'["b"]', "line 3: this is no JSON object but a list"),
+        (b'{"body": 1, "id": 2}', "line 3: the record has no field 'text'. Its fields: 'body', 'id'."),
+        (b'{"text": 7}', "line 3: 'text' is no text but 7"),
+        (b'{"text": "\\ud800"}', "line 3: 'text' has half of a surrogate pair"),
+        (b'{"text": "caf\xe9 au lait"}', "byte 0xe9 at offset 28, line 3"),
+    ],
+)
+def test_a_wrong_line_of_json_is_named(tmp_path, line, said):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n\n' + line + b"\n")
+    assert said in complaint(tmp_path / "a.jsonl")
+
+
+def test_a_row_without_its_column_is_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"id,text\n1,a\n\n2\n")
+    assert "line 4: the row has 1 of 2 columns and no 'text'" in complaint(tmp_path / "a.csv")
+    (tmp_path / "a.parquet").write_bytes(table("parquet", ["a", None]))
+    assert "row 2: 'text' is no text but None" in complaint(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(("name", "module", "extra"), [("a.zst", "zstandard", "zstd"), ("a.parquet", "pyarrow", "parquet")])
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, name, module, extra):
+    (tmp_path / name).write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, module, None)
+    assert f'pip install "nanogpt[{extra}]"' in complaint(tmp_path / name)
+
+
+def test_an_archive_by_another_name_is_told_from_text(tmp_path):
+    packed(tmp_path / "a.gz", b"text").rename(tmp_path / "a.txt")
+    assert "Name it .gz" in complaint(tmp_path / "a.txt")
+    packed(tmp_path / "b.tar.gz", b"name" + b"\0" * 253 + b"ustar\0")
+    assert "a tar archive" in complaint(tmp_path / "b.tar.gz")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_reading_may_begin_and_end_at_every_place(tmp_path, small_chunks, name):
+    records = [f"Größe {i}\r\nund {'mehr ' * (i % 90)}\nEnde" for i in range(200)]
+    (tmp_path / name).write_bytes(codecs.BOM_UTF8 + ("".join(records).encode() if name == "a.txt" else table("jsonl", records)))
+    (source,) = expand([str(tmp_path / name)])
+    whole = list(source.pieces())
+    places = [piece.place for piece in whole if piece.place]
+    assert len(places) > 40
+    for first, behind in [(places[0], places[1]), (places[3], places[30]), (places[-1], None), (0, places[7])]:
+        part = list(source.pieces(first, behind))
+        begin = next(i for i, piece in enumerate(whole) if piece.place == first) if first else 0
+        end = next(i for i, piece in enumerate(whole) if piece.place == behind) if behind else len(whole)
+        assert "".join(piece.text for piece in part) == "".join(piece.text for piece in whole[begin:end])
+        assert sum(piece.ends for piece in part) == sum(piece.ends for piece in whole[begin:end])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt.data import batch, open_tokens, random_bits, token_dtype, window_starts
+from nanogpt.data import IGNORED, Documents, batch, open_tokens, random_bits, token_dtype, window_starts
 
 TOKENS = np.arange(1000, dtype=np.uint16)
 MASK = 2**64 - 1
@@ -121,8 +121,48 @@ def test_the_smallest_type_that_holds_every_token(vocab_size):
 def test_tokens_come_back_from_their_file(tmp_path, vocab_size, dtype):
     tokens = np.array([0, vocab_size - 1, vocab_size // 2] * 5).astype(dtype)
     tokens.tofile(tmp_path / "tokens.bin")
-    opened = open_tokens(tmp_path / "tokens.bin", vocab_size)
-    assert opened.dtype == dtype
-    assert opened.tolist() == tokens.tolist()
+    opened = open_tokens([tmp_path / "tokens.bin"], vocab_size)
+    assert opened.dtype == opened[:].dtype == dtype
+    assert opened[:].tolist() == tokens.tolist()
     inputs, targets, _ = batch(opened, 0, 0, range(3), 3, 4)
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.data())
+def test_shards_are_one_sequence(tmp_path_factory, sizes, data):
+    folder, tokens, first = tmp_path_factory.mktemp("shards"), np.arange(sum(sizes), dtype=np.uint8), 0
+    for i, size in enumerate(sizes):
+        tokens[first : first + size].tofile(folder / f"{i}.bin")
+        first += size
+    opened = open_tokens([folder / f"{i}.bin" for i in range(len(sizes))], 256)
+    start, stop = data.draw(st.integers(-30, 30)), data.draw(st.integers(-30, 30) | st.none())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanogpt.data.MOST_OPEN", 2)
+        assert len(opened) == len(tokens)
+        assert opened[start:stop].tolist() == tokens[start:stop].tolist()
+        assert opened[:].tolist() == tokens.tolist()
+        assert opened.begins == [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+@given(seeds, st.lists(st.integers(1, 12), min_size=1, max_size=8).filter(lambda sizes: max(sizes) > 1), st.integers(1, 5), st.integers(0, 100))
+def test_windows_within_documents_predict_every_token_of_each_once_a_pass(seed, sizes, context_length, turn):
+    ends = np.cumsum(sizes)
+    tokens = np.arange(1, ends[-1] + 1)
+    documents = Documents(ends, context_length)
+    assert documents.count == sum(-(-(size - 1) // context_length) for size in sizes)
+    x, y, _ = batch(tokens, seed, turn, range(documents.count), documents.count, context_length, documents)
+    real = y != IGNORED
+    assert torch.equal(y[real], x[real] + 1)
+    assert sorted(y[real].tolist()) == sorted(set(tokens.tolist()) - {1, *(ends[:-1] + 1).tolist()})
+    for row, targets in zip(x, y, strict=True):  # all that is seen and predicted lies in one document
+        seen = {int(token) for token in [*row[row > 0], *targets[targets != IGNORED]]}
+        assert len(set(np.searchsorted(ends, list(seen)))) == 1
+        assert (targets != IGNORED).tolist() == sorted((targets != IGNORED).tolist(), reverse=True)
+
+
+def test_rows_within_documents_are_a_pure_function_too():
+    documents = Documents(np.array([5, 9, 30, 1000]), 16)
+    whole = batch(TOKENS, 3, 7, range(8), 8, 16, documents)
+    for part, full in zip(batch(TOKENS, 3, 7, range(2, 5), 8, 16, documents), whole, strict=True):
+        assert torch.equal(part, full[2:5])
+    assert not torch.equal(whole[0], batch(TOKENS, 3, 8, range(8), 8, 16, documents)[0])

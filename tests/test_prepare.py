@@ -1,8 +1,12 @@
 """Text becomes token files: nothing lost, split where it is said to be, found again by its content."""
 
+import gzip
+import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt import corpus, prepare
+from nanogpt import prepare
 from nanogpt.config import TextConfig
+from nanogpt.corpus import formats
 from nanogpt.errors import UserError
 from nanogpt.evaluate import ngram_losses
 from nanogpt.files import cache_dir
-from nanogpt.prepare import open_prepared
+from nanogpt.prepare import open_prepared, scan
+from nanogpt.prepare.shards import write_unit
+from nanogpt.tokenizer import train_tokenizer
 
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])) | st.text("a日é😀", max_size=200)
 
@@ -53,11 +60,10 @@ def split_of(text: str, room: int) -> tuple[str, str]:
 
 
 @contextmanager
-def elsewhere(tmp_path_factory, chunk: int = corpus.CHUNK):
+def elsewhere(tmp_path_factory, chunk: int = formats.CHUNK):
     """An empty folder and an empty cache, and texts that are read in chunks of so many bytes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "CHUNK", chunk)
-        patch.setattr(prepare, "CHUNK", chunk)
+        patch.setattr(formats, "CHUNK", chunk)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield tmp_path_factory.mktemp("texts")
 
@@ -66,8 +72,8 @@ def elsewhere(tmp_path_factory, chunk: int = corpus.CHUNK):
 def test_the_last_tenth_is_held_out(tmp_path, n):
     text = ("abcdefghij" * (n // 10 + 1))[:n]
     prepared = make(*write(tmp_path, text))
-    assert prepared.tokenizer.decode(prepared.train) == text[: int(0.9 * n)]
-    assert prepared.tokenizer.decode(prepared.val) == text[int(0.9 * n) :]
+    assert prepared.tokenizer.decode(prepared.train[:]) == text[: int(0.9 * n)]
+    assert prepared.tokenizer.decode(prepared.val[:]) == text[int(0.9 * n) :]
     assert prepared.about["split"] == f"the last {n - int(0.9 * n):,} of {n:,} bytes are held out"
 
 
@@ -77,7 +83,7 @@ def test_at_most_so_many_bytes_are_held_out(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(texts, st.integers(2, 50), st.integers(4, 20) | st.just(corpus.CHUNK))
+@given(texts, st.integers(2, 50), st.integers(4, 20) | st.just(formats.CHUNK))
 def test_nothing_is_lost_between_the_splits(tmp_path_factory, body, val_bytes, chunk):
     text = "ab" * 10 + body + "ab"
     size = len(text.encode())
@@ -85,12 +91,12 @@ def test_nothing_is_lost_between_the_splits(tmp_path_factory, body, val_bytes, c
         prepared = make(*write(folder, text), val_bytes=val_bytes)
     train, val = split_of(text, min(size - size * 9 // 10, val_bytes))
     about, tokenizer = prepared.about, prepared.tokenizer
-    assert (tokenizer.decode(prepared.train), tokenizer.decode(prepared.val)) == (train, val)
+    assert (tokenizer.decode(prepared.train[:]), tokenizer.decode(prepared.val[:])) == (train, val)
     assert (about["train_bytes"], about["val_bytes"]) == (len(train.encode()), len(val.encode()))
     assert (about["train_tokens"], about["val_tokens"]) == (len(train), len(val))
     assert about["symbols"] == len(set(train))
     unused = {token for first, behind in about["unused"] for token in range(first, behind)}
-    assert unused == set(range(tokenizer.vocab_size)) - set(prepared.train.tolist())
+    assert unused == set(range(tokenizer.vocab_size)) - set(prepared.train[:].tolist())
 
 
 def test_no_more_is_held_out_than_was_allowed_where_the_cut_meets_a_character(tmp_path):
@@ -98,7 +104,7 @@ def test_no_more_is_held_out_than_was_allowed_where_the_cut_meets_a_character(tm
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(texts.filter(bool), min_size=2, max_size=12), st.integers(4, 20) | st.just(corpus.CHUNK))
+@given(st.lists(texts.filter(bool), min_size=2, max_size=12), st.integers(4, 20) | st.just(formats.CHUNK))
 def test_many_documents_are_held_out_whole_or_the_last_tenth_of_all_is(tmp_path_factory, bodies, chunk):
     bodies = [f"{'ab' * 9}{i}{body}" for i, body in enumerate(bodies)]
     with elsewhere(tmp_path_factory, chunk) as folder:
@@ -107,13 +113,13 @@ def test_many_documents_are_held_out_whole_or_the_last_tenth_of_all_is(tmp_path_
     size = sum(len(body.encode()) for body in bodies)
     room = size - size * 9 // 10
     if "documents" in prepared.about["split"]:
-        train, val = (whole_documents(split, end) for split in (prepared.train, prepared.val))
+        train, val = (whole_documents(split, end) for split in (prepared.train[:], prepared.val[:]))
         assert sorted(train + val) == sorted(tokens)
         assert (train, val) == ([t for t in tokens if t in train], [t for t in tokens if t in val])
         assert room / 2 <= prepared.about["val_bytes"] <= room
     else:
-        assert [*prepared.train, *prepared.val] == [token for document in tokens for token in [*document, end]]
-        assert prepared.tokenizer.decode(prepared.train[prepared.train != end]) == split_of("".join(bodies), room)[0]
+        assert [*prepared.train[:], *prepared.val[:]] == [token for document in tokens for token in [*document, end]]
+        assert prepared.tokenizer.decode(prepared.train[:][prepared.train[:] != end]) == split_of("".join(bodies), room)[0]
 
 
 @pytest.fixture
@@ -129,11 +135,11 @@ def test_the_same_documents_are_held_out_again_whatever_they_say(library, monkey
     assert first.about["split"] == "4 of 40 documents, chosen by a hash of their names, are held out"
     assert first.about["val_bytes"] == 400
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert make(library).val.tolist() == first.val.tolist()
+    assert make(library).val[:].tolist() == first.val[:].tolist()
     for path in library.iterdir():
         path.write_text(path.read_text(encoding="utf-8").replace("abc", "xyz"), encoding="utf-8")
     again = make(library)
-    assert again.tokenizer.decode(again.val) == first.tokenizer.decode(first.val).replace("abc", "xyz")
+    assert again.tokenizer.decode(again.val[:]) == first.tokenizer.decode(first.val[:]).replace("abc", "xyz")
 
 
 @pytest.mark.parametrize("sizes", [(100, 100, 100), (1, 1000, 1000), (5000, 20)])
@@ -146,30 +152,31 @@ def test_documents_that_are_too_few_or_too_uneven_give_the_last_tenth_of_all(tmp
 
 def test_one_document_has_no_end(tmp_path):
     prepared = make(*write(tmp_path, "hello world " * 20))
-    assert prepared.tokenizer.end not in prepared.train
-    assert prepared.tokenizer.end not in prepared.val
+    assert prepared.tokenizer.end not in prepared.train[:]
+    assert prepared.tokenizer.end not in prepared.val[:]
     assert [prepared.tokenizer.end in range(*pair) for pair in prepared.about["unused"]][-1]
 
 
-def test_an_empty_document_behind_the_cut_ends_there(tmp_path):
-    prepared = make(*write(tmp_path, "ab" * 50, "ab" * 50, ""))
-    assert [*prepared.train, *prepared.val] == [0, 1] * 50 + [258] + [0, 1] * 50 + [258, 258]
+def test_empty_documents_are_left_out(tmp_path):
+    prepared = make(*write(tmp_path, "", "ab" * 50, "", "ab" * 50, "\ufeff"))
+    assert [*prepared.train[:], *prepared.val[:]] == [0, 1] * 50 + [258] + [0, 1] * 50 + [258]
+    assert prepared.about["documents"] == 2
 
 
 def test_a_text_to_validate_on_leaves_the_other_whole(tmp_path):
     text, val = write(tmp_path, "hello world " * 20, "help is on the way: 日本")
     prepared = make(text, val=str(val))
-    assert prepared.tokenizer.decode(prepared.train) == "hello world " * 20
-    assert prepared.tokenizer.decode(prepared.val) == "help is on the way: 日本"
+    assert prepared.tokenizer.decode(prepared.train[:]) == "hello world " * 20
+    assert prepared.tokenizer.decode(prepared.val[:]) == "help is on the way: 日本"
     assert prepared.about["val_bytes"] == len("help is on the way: 日本".encode())
     assert prepared.about["split"] == "the text given with --val is held out"
 
 
 def test_a_folder_to_validate_on_gives_its_documents_whole(tmp_path, library):
     prepared = make(*write(tmp_path, "hello world " * 20), val=str(library))
-    assert len(whole_documents(prepared.val, prepared.tokenizer.end)) == 40
+    assert len(whole_documents(prepared.val[:], prepared.tokenizer.end)) == 40
     assert prepared.about["val_bytes"] == 4000
-    assert prepared.tokenizer.end not in prepared.train
+    assert prepared.tokenizer.end not in prepared.train[:]
 
 
 def test_copies_in_other_encodings_are_the_same_text(tmp_path):
@@ -178,19 +185,19 @@ def test_copies_in_other_encodings_are_the_same_text(tmp_path):
     copies = [make(path) for path in write(tmp_path, *map(text.encode, encodings))]
     copies.append(make(*write(tmp_path, text.encode("utf-16-be")), encoding="utf-16-be"))
     assert len({copy.about["folder"] for copy in copies}) == 1
-    assert {copy.tokenizer.decode([*copy.train, *copy.val]) for copy in copies} == {text}
+    assert {copy.tokenizer.decode([*copy.train[:], *copy.val[:]]) for copy in copies} == {text}
 
 
 def test_what_was_prepared_is_found_again_and_not_touched(story):
     first = make(story)
     files = sorted(Path(first.about["folder"]).iterdir())
-    assert [file.name for file in files] == ["about.json", "tokenizer.json", "train.bin", "val.bin"]
+    assert [file.name for file in files] == ["checked.json", "index.json", "tokenizer.json", "train-00000.bin", "unit-00000.json", "val-00000.bin"]
     before = [file.stat().st_mtime_ns for file in files]
     copy = shutil.copy(story, story.with_name("copy.txt"))
     second = make(copy)
     assert [file.stat().st_mtime_ns for file in files] == before
     assert second.about == first.about | {"sources": [str(copy)]}
-    assert open_prepared(Path(first.about["folder"])).train.tolist() == first.train.tolist()
+    assert open_prepared(Path(first.about["folder"])).train[:].tolist() == first.train[:].tolist()
     assert [path.name for path in (cache_dir() / "tokens").iterdir()] == [Path(first.about["folder"]).name]
 
 
@@ -215,7 +222,7 @@ def test_what_is_known_of_a_text_is_true(story, monkeypatch):
     about = (prepared := make(story.name)).about
     assert about["sources"] == [str(story)]
     assert about["documents"] == 1
-    assert about["baselines"] == ngram_losses(prepared.train, prepared.val)
+    assert about["baselines"] == ngram_losses(prepared.train[:], prepared.val[:])
     assert about["train_bytes"] + about["val_bytes"] == story.stat().st_size
     assert json.loads(json.dumps(about)) == about
 
@@ -275,10 +282,11 @@ def test_prepared_text_that_is_gone_is_named(story):
     assert make(story).about["folder"] == str(folder)
 
 
-@pytest.mark.parametrize("name", ["about.json", "tokenizer.json", "train.bin"])
+@pytest.mark.parametrize("name", ["index.json", "tokenizer.json", "train-00000.bin", "unit-00000.json"])
 def test_a_cache_that_lost_a_file_is_made_again(story, name):
-    (Path(make(story).about["folder"]) / name).unlink()
-    make(story)
+    before = make(story)
+    (Path(before.about["folder"]) / name).unlink()
+    assert make(story).train[:].tolist() == before.train[:].tolist()
 
 
 def test_a_killed_process_with_the_same_number_leaves_nothing_that_disturbs(story):
@@ -291,3 +299,198 @@ def test_a_killed_process_with_the_same_number_leaves_nothing_that_disturbs(stor
 def test_a_source_at_home_can_be_found_again(story, monkeypatch):
     monkeypatch.setenv("HOME", str(story.parent))
     assert make("~/story.txt").about["sources"] == [str(story)]
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """Files that make many units: two that are cut, small ones that are grouped, a table and a packed one."""
+    monkeypatch.setattr(scan, "UNIT", 3000)
+    monkeypatch.setattr(formats, "CHUNK", 512)
+    folder = tmp_path / "large"
+    folder.mkdir()
+    sentences = "".join(f"Satz {i}: das Übliche,\nund {i * i} mehr.\n\n" for i in range(400))
+    (folder / "a.txt").write_text(sentences, encoding="utf-8")
+    (folder / "b.txt").write_text(sentences[::-1], encoding="utf-8")
+    for i in range(30):
+        (folder / f"c{i}.txt").write_text(f"A small one, {i}.", encoding="utf-8")
+    (folder / "d.jsonl").write_text("".join(json.dumps({"text": f"Record {i}. " * (i % 9)}) + "\n" for i in range(150)), encoding="utf-8")
+    (folder / "e.txt.gz").write_bytes(gzip.compress(sentences[:5000].encode()))
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a prepared folder, but for the note of when they were checked."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "checked.json"}
+
+
+def fill(large: Path, folder: Path, share: tuple[int, int] = (1, 1), **text: object) -> prepare.Prepared | list[int]:
+    return prepare.prepare_folder([str(large)], TextConfig(**text), folder, share)
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_many_units_hold_the_text_of_one(large, tmp_path, monkeypatch, tokenizer):
+    many = fill(large, tmp_path / "many", tokenizer=tokenizer)
+    assert len(list((tmp_path / "many").glob("unit-*"))) > 10
+    monkeypatch.setattr(scan, "UNIT", 10**9)
+    one = fill(large, tmp_path / "one", tokenizer=tokenizer)
+    assert len(list((tmp_path / "one").glob("unit-*"))) == 1
+    assert many.train[:].tolist() == one.train[:].tolist()
+    assert many.val[:].tolist() == one.val[:].tolist()
+    differ = {"folder"}
+    assert {name: many.about[name] for name in many.about if name not in differ} == {name: one.about[name] for name in one.about if name not in differ}
+    assert many.within_documents(16).windows.ends.tolist() == one.within_documents(16).windows.ends.tolist()
+    assert one.about["documents"] == 33 + 150 - 17
+    assert many.about["val_words"] == len(many.tokenizer.decode(many.val[:]).replace("<|end|>", " ").split())
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+def test_several_processes_make_the_same_bytes_as_one(large, tmp_path, order):
+    fill(large, tmp_path / "one")
+    for i in order[:-1]:
+        assert fill(large, tmp_path / "shared", (i, 3))
+        assert not (tmp_path / "shared" / "index.json").exists()
+    assert fill(large, tmp_path / "shared", (order[-1], 3)).about["train_tokens"] > 0
+    assert contents(tmp_path / "shared") == contents(tmp_path / "one")
+
+
+def test_the_parts_of_several_machines_are_completed_when_they_are_together(large, tmp_path):
+    fill(large, tmp_path / "one")
+    for i in (1, 2):
+        assert fill(large, tmp_path / f"part{i}", (i, 2))
+    shutil.copytree(tmp_path / "part1", tmp_path / "part2", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"no index\.json.*\n.*nanogpt prepare"):
+        make(tmp_path / "part2")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "part2").glob("*.bin")}
+    fill(large, tmp_path / "part2")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert contents(tmp_path / "part2") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize("moment", [1, 4, 9])
+def test_a_process_that_is_killed_goes_on_where_it_ended(large, tmp_path, monkeypatch, moment):
+    fill(large, tmp_path / "one")
+    code = (
+        "import os, sys; from pathlib import Path; from nanogpt import prepare; from nanogpt.config import TextConfig\n"
+        "from nanogpt.corpus import formats; from nanogpt.prepare import scan, shards; scan.UNIT, formats.CHUNK, prepare.MOST_THREADS = 3000, 512, 1\n"
+        "write, left = shards._Shard.finish, [int(sys.argv[3])]\n"
+        "def finish(shard):\n left[0] -= 1\n return write(shard) if left[0] else os._exit(9)\n"
+        "shards._Shard.finish = finish; prepare.prepare_folder([sys.argv[1]], TextConfig(), Path(sys.argv[2]))"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, large, tmp_path / "killed", str(moment)], check=False)
+    assert killed.returncode == 9
+    done = len(list((tmp_path / "killed").glob("unit-*")))
+    assert done == (moment - 1) // 2
+    monkeypatch.setattr(prepare, "STILL_WRITTEN", 0.0)
+    again = []
+    monkeypatch.setattr(prepare, "write_unit", lambda folder, number, *rest: again.append(number) or write_unit(folder, number, *rest))
+    fill(large, tmp_path / "killed")
+    assert sorted(again) == list(range(done, len(list((tmp_path / "one").glob("unit-*")))))
+    assert contents(tmp_path / "killed") == contents(tmp_path / "one")
+
+
+def test_a_folder_that_was_prepared_is_trained_on(large, tmp_path):
+    fill(large, tmp_path / "data", tokenizer="byte", val_bytes=2000)
+    prepared = make(tmp_path / "data")
+    assert prepared.about["sources"] == [prepared.about["folder"]] == [str(tmp_path / "data")]
+    assert prepared.tokenizer.vocab_size == 257
+    assert make(tmp_path / "data", tokenizer="byte", cross_documents=False).about == prepared.about
+    with pytest.raises(UserError, match="tokenizer = 'char', but 'byte' in the folder"):
+        make(tmp_path / "data", tokenizer="char")
+
+
+def test_a_damaged_shard_is_found_and_made_anew(large, tmp_path):
+    fill(large, tmp_path / "data")
+    good = contents(tmp_path / "data")
+    shard = tmp_path / "data" / "train-00002.bin"
+    shard.write_bytes(good[shard.name][:-2])
+    with pytest.raises(UserError, match=r"train-00002\.bin is damaged: it has .* bytes, not"):
+        make(tmp_path / "data")
+    shard.write_bytes(b"\1" + good[shard.name][1:])
+    with pytest.raises(UserError, match=r"train-00002\.bin is damaged: its SHA-256"):
+        make(tmp_path / "data")
+    shard.unlink()
+    with pytest.raises(UserError, match="no longer whole"):
+        make(tmp_path / "data")
+    fill(large, tmp_path / "data")
+    assert contents(tmp_path / "data") == good
+
+
+def test_checksums_are_looked_at_once(large, tmp_path, monkeypatch):
+    fill(large, tmp_path / "data")
+    shutil.copytree(tmp_path / "data", tmp_path / "copy", copy_function=shutil.copyfile)
+    looked = []
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: looked.append(file.name) or hashlib.sha256(file.read()))
+    for folder, first in (("data", False), ("copy", True)):
+        make(tmp_path / folder)
+        assert bool(looked) == first
+    looked.clear()
+    make(tmp_path / "copy")
+    assert not looked
+
+
+def test_a_cached_text_whose_shard_was_damaged_is_prepared_again(story):
+    before = make(story)
+    shard = Path(before.about["folder"]) / "train-00000.bin"
+    good = shard.read_bytes()
+    shard.write_bytes(bytes(len(good)))
+    assert make(story).train[:].tobytes() == good
+
+
+def test_a_folder_with_something_else_is_refused(large, tmp_path, story):
+    fill(large, tmp_path / "data", (1, 2))
+    for changed in ({"sources": [str(story)]}, {"settings": TextConfig(val_bytes=99)}):
+        with pytest.raises(UserError, match="holds the tokens of another text"):
+            prepare.prepare_folder(**{"sources": [str(large)], "settings": TextConfig(), "folder": tmp_path / "data"} | changed)
+    with pytest.raises(UserError, match=r"no folder of prepared text: it holds a\.txt"):
+        fill(large, large)
+    with pytest.raises(UserError, match="is a file"):
+        fill(large, story)
+    for share in ((0, 2), (3, 2), (1, 0)):
+        with pytest.raises(UserError, match="is no share"):
+            fill(large, tmp_path / "other", share)
+
+
+def test_a_text_that_changes_while_it_is_read_is_refused(story, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "train_tokenizer", lambda *rest: story.write_text("shorter " * 9) and train_tokenizer(*rest))
+    with pytest.raises(UserError, match="changed while it was read"):
+        make(story)
+
+
+def test_a_table_is_held_out_by_whole_records(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i:03} " + "word " * 19, "other": i}) + "\n" for i in range(100)))
+    prepared = make(tmp_path / "a.jsonl")
+    assert prepared.about["split"] == "10 of 100 documents, chosen by a hash of their names, are held out"
+    train, val = (whole_documents(split[:], prepared.tokenizer.end) for split in (prepared.train, prepared.val))
+    assert sorted(prepared.tokenizer.decode(document) for document in train + val) == [f"{i:03} " + "word " * 19 for i in range(100)]
+    assert prepared.about["val_words"] == 10 * 20
+    assert prepared.within_documents(8).windows.ends.tolist() == [100 * i for i in range(1, 91)]
+
+
+MEMORY = """
+import sys, threading, time
+from pathlib import Path
+import nanogpt.library
+from nanogpt.config import TextConfig
+from nanogpt.prepare import prepare_folder
+most, status = [0], Path("/proc/self/status")
+def watch():
+    while True:
+        most[0] = max(most[0], int(status.read_text().split("RssAnon:")[1].split()[0]))
+        time.sleep(0.005)
+before = int(status.read_text().split("RssAnon:")[1].split()[0])
+threading.Thread(target=watch, daemon=True).start()
+prepared = prepare_folder([sys.argv[1]], TextConfig(tokenizer=sys.argv[2]), Path(sys.argv[3]))
+batch = nanogpt.data.batch(prepared.train, 1, 0, range(64), 64, 256)
+print(most[0] - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what Linux says of a process")
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    text = "".join(f"Line {i} of a long text, which goes on for some time.\n" for i in range(20_000))
+    used = []
+    for copies in (16, 64):
+        (tmp_path / f"{copies}.txt").write_text(text * copies, encoding="utf-8")
+        command = [sys.executable, "-c", MEMORY, tmp_path / f"{copies}.txt", "char", tmp_path / f"{copies}"]
+        used.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    assert used[1] < used[0] + 40_000  # kilobytes: the second text has 55 MB more

@@ -1,0 +1,245 @@
+"""A person's text, wherever it lies: files, folders, globs, standard input and the texts that are on every machine.
+
+In: what stood on the command line. Out: `Source`s, each a name and a stream of pieces of text; memory does not grow with the text.
+Refuses: paths that are not there.
+"""
+
+import difflib
+import glob
+import hashlib
+import http.client
+import io
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import BinaryIO
+
+from nanogpt.corpus import formats
+from nanogpt.corpus.encoding import HEAD, not_text
+from nanogpt.corpus.formats import Piece
+from nanogpt.errors import Notice, UserError
+from nanogpt.files import cache_dir, replacing
+
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text, or a table of texts: a name, and a way to open its bytes as often as wanted."""
+
+    name: str
+    open: Callable[[], BinaryIO]
+    encoding: str | None = None
+    path: Path | None = None
+    field: str | None = None
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it holds records, each a document of its own."""
+        return formats.format_of(self._file_name) != "text"
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk; 0 of what is no file."""
+        return self.path.stat().st_size if self.path else 0
+
+    def pieces(self, begin: int = 0, until: int | None = None) -> Iterator[Piece]:
+        """The documents in pieces of at most some millions of characters, from the byte that is one piece's `place` to that of another, or the end.
+
+        Errors: `UserError` for what is not text, for a record without its field, for an archive that is cut short, and for what cannot be read.
+        """
+        where = str(self.path or self.name)
+        try:
+            with self.open() as stream:
+                yield from formats.pieces(stream, self._file_name, where, self.encoding, self.field, begin, until)
+        except Exception as error:
+            if isinstance(error, UserError) or not (isinstance(error, OSError) or formats.damage(error)):
+                raise
+            if damaged := formats.damage(error):
+                raise UserError(f"{where} {damaged}.", "Copy or download it again.") from error
+            raise UserError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+
+    def documents(self) -> Iterator[Iterator[str]]:
+        """The text of each document that is not empty, in pieces, which are to be read before the next document is asked for."""
+
+        def numbered() -> Iterator[tuple[int, str]]:
+            number = 0
+            for piece in self.pieces():
+                if piece.text:
+                    yield number, piece.text
+                number += piece.ends
+
+        return ((text for _, text in group) for _, group in groupby(numbered(), key=lambda each: each[0]))
+
+    def chunks(self) -> Iterator[str]:
+        """The text of all documents in pieces; joined they are the whole."""
+        return (piece.text for piece in self.pieces() if piece.text)
+
+    @property
+    def _file_name(self) -> str:
+        return self.path.name if self.path else ""
+
+
+def expand(words: Iterable[str], encoding: str | None = None, field: str | None = None) -> list[Source]:
+    """The texts that the words of a command line name, in a fixed order and each of them once; `field` is what holds the text in a table's records.
+
+    A word is a file, a folder (every text file in it), a glob, `-` for standard input, or `python`, `python-docs` or `shakespeare`.
+    Errors: `UserError` when a word names nothing, with where it looked and what has a similar name.
+    """
+    found: dict[object, Source] = {}
+    for word in words:
+        for source in _sources(word, encoding):
+            found.setdefault(source.path.resolve() if source.path else source.name, replace(source, encoding=encoding, field=field))
+    return list(found.values())
+
+
+def findable(source: str) -> str:
+    """A source's name that means the same from every folder."""
+    return source if source == "-" or (source in BUILT_IN and not os.path.exists(source)) else os.path.abspath(os.path.expanduser(source))
+
+
+def _sources(source: str, encoding: str | None) -> list[Source]:
+    """The texts behind one word of the command line. A path that exists comes before a built-in text of the same name."""
+    place = os.path.expanduser(source)
+    if source == "-" and sys.stdin is None:
+        raise UserError("Standard input is closed.", "Give it a text: nanogpt train - < book.txt")
+    if source == "-":
+        return [_spooled("standard input", sys.stdin.buffer)]
+    if os.path.isdir(place):
+        return _folder(Path(place), encoding)
+    if os.path.isfile(place):
+        return [_file(os.path.basename(place), Path(place))]
+    if os.path.exists(place):
+        with open(place, "rb") as pipe:
+            return [_spooled(source, pipe)]
+    if glob.has_magic(source):
+        matches = sorted(name for name in glob.glob(place, recursive=True) if os.path.isfile(name))
+        if matches:
+            return [_file(os.path.basename(name), Path(name)) for name in matches]
+    elif source in BUILT_IN:
+        return BUILT_IN[source]()
+    raise _nothing_there(source, Path(place or "."))
+
+
+def _file(name: str, path: Path) -> Source:
+    return Source(name, lambda: formats.open_bytes(path), path=path.absolute())
+
+
+def _folder(folder: Path, encoding: str | None) -> list[Source]:
+    """Every text file below a folder, by name; hidden files are skipped, and what is not text is skipped and listed."""
+    texts: list[Source] = []
+    left_out: list[Source] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(name for name in names if not name.startswith(".")):
+            source = _file(Path(parent, name).relative_to(folder).as_posix(), Path(parent, name))
+            (texts if _readable(source, encoding) else left_out).append(source)
+    if left_out:
+        some = ", ".join(source.name for source in left_out[:3]) + (", …" if len(left_out) > 3 else "")
+        count = f"{len(left_out)} of {len(left_out) + len(texts)}"
+        warnings.warn(f"{count} files in {folder} are not text and are left out: {some}", Notice, stacklevel=2)
+    if not texts:
+        raise UserError(f"There is no text file in the folder {folder.absolute()} (looked at every file below it).")
+    return texts
+
+
+def _readable(source: Source, encoding: str | None) -> bool:
+    """Whether a file of a folder is text or a table. What is only damaged counts as readable: it is named when it is read, and not lost in silence."""
+    assert source.path is not None, "a file of a folder"
+    if not source.path.is_file():  # a link that leads nowhere, a pipe
+        return False
+    if formats.format_of(source.name) == "parquet":
+        return True
+    try:
+        with source.open() as stream:
+            return not_text(stream.read(HEAD), encoding) is None
+    except Exception as error:
+        if isinstance(error, UserError):
+            raise
+        return formats.damage(error) is not None
+
+
+def _nothing_there(source: str, path: Path) -> UserError:
+    parent = next(folder for folder in path.absolute().parents if os.path.isdir(folder))
+    near = difflib.get_close_matches(path.name, [*os.listdir(parent), *BUILT_IN], n=3, cutoff=0.5)
+    what = "No file matches the pattern" if glob.has_magic(source) else "There is no file or folder"
+    name = f"{path.absolute()}" if len(source) < 300 else f"{source[:100]!r}… (a text itself? Give the path of a file)"
+    if "://" in source:
+        return UserError(f"{source} is an address, and nanogpt reads files.", "Download it first, then give the path of the file.")
+    hint = f"Similar names: {', '.join(near)}." if near else f"In {parent} nothing has a similar name."
+    return UserError(f"{what} {name}.", f"{hint} Built-in texts: {', '.join(BUILT_IN)}.")
+
+
+def _spooled(name: str, stream: BinaryIO) -> Source:
+    """A stream that can be read only once is spooled to a temporary file, which goes with the process."""
+    spool = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the text)
+    shutil.copyfileobj(stream, spool, formats.CHUNK)
+    spool.flush()
+
+    def reopen() -> BinaryIO:
+        copy = os.fdopen(os.dup(spool.fileno()), "rb")
+        copy.seek(0)
+        return copy
+
+    return Source(name, reopen)
+
+
+def _python_docs() -> list[Source]:
+    """The language reference that CPython carries for its `help()`, a text a topic."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        fix = "Train on `python`, the standard library's source, or on a file of your own."
+        raise UserError("This Python was installed without pydoc_data, which holds `python-docs`.", fix) from None
+    return [
+        Source(f"python-docs/{name}", lambda text=text: io.BytesIO(text.encode()))  # type: ignore[misc]
+        for name, text in sorted(topics.items())
+    ]
+
+
+def _python_source() -> list[Source]:
+    """The standard library's own modules, without its tests and what was installed beside it."""
+    library = Path(sysconfig.get_path("stdlib"))
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    paths = [path.relative_to(library) for path in library.rglob("*.py")]
+    return [_file(f"python/{path.as_posix()}", library / path) for path in sorted(paths) if not skip & set(path.parts)]
+
+
+def _shakespeare() -> list[Source]:
+    """Tiny Shakespeare, downloaded once into the cache and checked."""
+    path = cache_dir() / "shakespeare.txt"
+    if path.exists():
+        _check_shakespeare(path.read_bytes(), f"{path} is", f"Remove {path}.")
+    else:
+        put = f"Put the file at {path}, or train on `python-docs`, which is already on this machine."
+        try:
+            with urllib.request.urlopen(SHAKESPEARE_URL, timeout=20) as answer:
+                content = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f"Tiny Shakespeare could not be downloaded from {SHAKESPEARE_URL} ({error}).", put) from error
+        _check_shakespeare(content, f"{SHAKESPEARE_URL} gave what is", put)
+        with replacing(path) as unfinished:
+            unfinished.write_bytes(content)
+    return [_file("shakespeare", path)]
+
+
+def _check_shakespeare(content: bytes, what: str, fix: str) -> None:
+    found = hashlib.sha256(content).hexdigest()
+    if found != SHAKESPEARE_SHA256:
+        raise UserError(f"{what} not Tiny Shakespeare: its SHA-256 is {found[:16]}…, not {SHAKESPEARE_SHA256[:16]}….", fix)
+
+
+BUILT_IN: dict[str, Callable[[], list[Source]]] = {
+    "python": _python_source,
+    "python-docs": _python_docs,
+    "shakespeare": _shakespeare,
+}
