@@ -23,14 +23,15 @@ from nanogpt.recipe import heads_for, learning
 
 app = App(help=__doc__)
 ROWS, CONTEXT = 8, 256
-GRID = [  # layers, width, steps, times the recipe's learning rates, dropout, share of the training text
-    *((n_layer, n_embd, steps, 1.0, 0.0, 1.0) for steps in (150, 450) for n_layer, n_embd in ((2, 64), (3, 96), (4, 128), (4, 192), (6, 256))),
-    *((n_layer, n_embd, 1350, 1.0, 0.0, 1.0) for n_layer, n_embd in ((2, 64), (3, 96), (4, 128), (4, 192))),
-    (2, 64, 4050, 1.0, 0.0, 1.0),
-    *((3, 96, steps, rate, 0.0, 1.0) for steps in (150, 1350) for rate in (0.5, 2.0)),
-    *((4, 128, 450, 1.0, dropout, 0.05) for dropout in (0.0, 0.1, 0.2)),
-    *((n_layer, n_embd, 450, 1.0, 0.0, 0.05) for n_layer, n_embd in ((2, 64), (3, 96))),
-    *((4, 128, steps, 1.0, dropout, 0.25) for steps in (450, 900, 1350) for dropout in (0.0, 0.1, 0.2)),
+RATES = {150: 0.058, 450: 0.033, 900: 0.024, 1350: 0.019, 4050: 0.015}  # of Muon, by the number of steps; a fifth of it is AdamW's
+GRID = [  # layers, width, steps, Muon's learning rate, dropout, share of the training text
+    *((n_layer, n_embd, steps, RATES[steps], 0.0, 1.0) for steps in (150, 450) for n_layer, n_embd in ((2, 64), (3, 96), (4, 128), (4, 192), (6, 256))),
+    *((n_layer, n_embd, 1350, RATES[1350], 0.0, 1.0) for n_layer, n_embd in ((2, 64), (3, 96), (4, 128), (4, 192))),
+    (2, 64, 4050, RATES[4050], 0.0, 1.0),
+    *((3, 96, steps, round(times * RATES[steps], 4), 0.0, 1.0) for steps in (150, 1350) for times in (0.5, 2.0)),
+    *((4, 128, 450, RATES[450], dropout, 0.05) for dropout in (0.0, 0.1, 0.2)),
+    *((n_layer, n_embd, 450, RATES[450], 0.0, 0.05) for n_layer, n_embd in ((2, 64), (3, 96))),
+    *((4, 128, steps, RATES[steps], dropout, 0.25) for steps in (450, 900, 1350) for dropout in (0.0, 0.1)),
 ]
 FIELDS = ["text", "n_layer", "n_embd", "steps", "rate", "dropout", "share", "train_tokens", "parameters", "tokens", "val_loss"]
 KEY = FIELDS[1:7]
@@ -39,17 +40,17 @@ KEY = FIELDS[1:7]
 def run(text: Path, val: Path, n_layer: int, n_embd: int, steps: int, rate: float, dropout: float) -> float:
     """Train, and give the loss of the best model on the whole validation text."""
     shape = {"arch": "modern", "n_layer": n_layer, "n_head": heads_for(n_embd), "n_embd": n_embd, "context_length": CONTEXT, "dropout": dropout}
-    settings = learning(steps) | {"batch_size": ROWS, "steps": steps, "eval_every": max(1, steps // 4)}
-    settings |= {name: rate * settings[name] for name in ("learning_rate", "matrix_learning_rate")}
+    rates = {"matrix_learning_rate": rate, "learning_rate": rate / 5}
+    settings = learning(steps) | rates | {"batch_size": ROWS, "steps": steps, "eval_every": max(1, steps // 4)}
     return nanogpt.train(text, val=str(val), **shape, **settings).summary["val_loss"]
 
 
 def fit(rows: list[dict[str, str]]) -> dict[str, float]:
     """L = floor + A / parameters^a + B / tokens^b (Hoffmann et al. 2022, section 3.3) by least squares.
 
-    Used are the rows on the whole text, with the recipe's own rates.
+    Used are the rows on the whole text, with the rates of `RATES`.
     """
-    used = [row for row in rows if float(row["share"]) == 1 and float(row["rate"]) == 1]
+    used = [row for row in rows if float(row["share"]) == 1 and float(row["rate"]) == RATES[int(row["steps"])]]
     n, d, loss = (np.array([float(row[name]) for row in used]) for name in ("parameters", "tokens", "val_loss"))
     best: tuple[float, dict[str, float]] = (np.inf, {})
     for a in np.arange(0.1, 1.01, 0.05):

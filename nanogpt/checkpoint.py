@@ -80,6 +80,14 @@ def empty_model(config: ModelConfig, vocab_size: int, device: torch.device | str
     return model.to_empty(device=device)
 
 
+def take_weights(model: GPT, earlier: GPT) -> None:
+    """Give a model the weights of an earlier one. They may differ in context: where positions are learned, it is no longer than before."""
+    weights = earlier.state_dict()
+    if "wpe.weight" in weights:
+        weights["wpe.weight"] = weights["wpe.weight"][: model.config.context_length]
+    model.load_state_dict(weights)
+
+
 def model_file(path: Path) -> Path:
     """The model file that `path` means: itself, or the one in it. Errors: `UserError` when there is none."""
     if path.is_dir():

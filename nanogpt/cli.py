@@ -4,6 +4,7 @@ In: words. Out: an exit code: 0; 2 for a `UserError`; 130 or 143 after a signal.
 """
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -18,7 +19,7 @@ from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 
 import nanogpt
-from nanogpt.config import Config, PlaceConfig, SamplingConfig, explain, flatten, resolve
+from nanogpt.config import Config, PlaceConfig, SamplingConfig, explain, flatten, preset_settings, resolve
 from nanogpt.errors import Notice, UserError
 
 Settings = Annotated[Config, Parameter(name="*")]
@@ -33,8 +34,8 @@ app = App(name="nanogpt", version=nanogpt.__version__, help="Train a GPT on your
 
 @app.command
 def train(
-    *text: str, out: Path | None = None, config: Path | None = None, preset: str | None = None, resume: Switch = False, overwrite: Switch = False,
-    settings: Settings = Config(),
+    *text: str, out: Path | None = None, config: Path | None = None, preset: str | None = None, init_from: Path | None = None,
+    resume: Switch = False, overwrite: Switch = False, settings: Settings = Config(),
 ) -> None:  # fmt: skip
     """Train a model on a text; watch it learn. Ctrl-C saves and stops.
 
@@ -47,7 +48,9 @@ def train(
     config
         A TOML file of settings, such as the config.toml of another run; flags override it.
     preset
-        Settings known by a name: classic is the seed's recipe.
+        Settings known by a name: classic (the seed's recipe), gpt2, gpt2-medium, gpt2-large, gpt2-xl; modern and modern-gpt2 are as large.
+    init_from
+        A run folder or a model file to go on from, on this text: its shape and its tokens stay; only a modern model can look back on more than before.
     resume
         Go on with the run in the folder, exactly where it was saved; it needs no text.
     overwrite
@@ -62,8 +65,9 @@ def train(
     run = out or Path("runs") / _run_name(text[0])
     try:
         library.train(
-            text, run, config=config, preset=preset, resume=resume, overwrite=overwrite, begun=begun, on_event=terminal, **flatten(settings, explicit=True)
-        )
+            text, run, config=config, preset=preset, init_from=init_from, resume=resume, overwrite=overwrite, begun=begun, on_event=terminal,
+            **flatten(settings, explicit=True),
+        )  # fmt: skip
     finally:
         terminal.close()
 
@@ -128,8 +132,8 @@ def sample(
 
 @app.command(name="eval")
 def evaluate(
-    model: Path, /, *text: str, context_length: int | None = None, encoding: str | None = None, as_json: AsJson = False,
-    machine: PlaceSettings = PlaceConfig(),
+    model: Path, /, *text: str, context_length: int | None = None, encoding: str | None = None, by_position: Switch = False,
+    as_json: AsJson = False, machine: PlaceSettings = PlaceConfig(),
 ) -> None:  # fmt: skip
     """Measure a model on a text, next to n-gram baselines.
 
@@ -143,18 +147,27 @@ def evaluate(
         Look back on fewer tokens than the model can.
     encoding
         Encoding of the text files.
+    by_position
+        Also the loss by how far into its context a token stands, which shows whether a longer context helps.
     as_json
         One JSON object instead of a table.
     """
     from nanogpt import library, report
 
     _end_quietly_with_the_reader()
-    result = library.load(model, **machine.model_dump(exclude_unset=True)).evaluate(*text, context_length=context_length, encoding=encoding)
+    result = library.load(model, **machine.model_dump(exclude_unset=True)).evaluate(
+        *text, context_length=context_length, encoding=encoding, by_position=by_position
+    )
     if as_json:
         numbers = {"val_loss": result.val_loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens, "baselines": result.baselines}
+        if by_position:
+            numbers["loss_by_position"] = [asdict(bucket) for bucket in result.by_position]
+        numbers["word_perplexity"] = result.word_perplexity if math.isfinite(result.word_perplexity) else None
         print(json.dumps(numbers | {"verdict": result.verdict.asdict() if result.verdict else None}))
     else:
         report.show_evaluation(result, result.baselines, result.verdict, str(model))
+        if by_position:
+            report.show_by_position(result.by_position)
 
 
 @app.command
@@ -182,15 +195,15 @@ def compare(*run: Path, as_json: AsJson = False, plot: Path | None = None) -> No
 
 @app.command
 def plan(
-    *, vocab_size: int = 65, text_bytes: int | None = None, gpu: str | None = None, gpus_per_node: int = 1, nodes: int = 1, as_json: AsJson = False,
-    settings: Settings = Config(),
+    *, preset: str | None = None, text_bytes: int | None = None, gpu: str | None = None, gpus_per_node: int = 1, nodes: int = 1,
+    as_json: AsJson = False, settings: Settings = Config(),
 ) -> None:  # fmt: skip
-    """Say what a run would take: parameters, memory, arithmetic and time; here, or on GPUs that are not here.
+    """Say what a run would take: parameters, memory, arithmetic and time; here, or on GPUs that are not here. Without --vocab-size, of 65 letters and signs.
 
     Parameters
     ----------
-    vocab_size
-        Different tokens; the default is that of English letters and punctuation.
+    preset
+        Settings known by a name, as for train.
     text_bytes
         Size of the text, for advice on how often it is read.
     gpu
@@ -205,11 +218,12 @@ def plan(
     from nanogpt import machine, recipe, report
     from nanogpt.plan import plan
 
-    counts = {"--vocab-size": vocab_size, "--text-bytes": 1 if text_bytes is None else text_bytes, "--gpus-per-node": gpus_per_node, "--nodes": nodes}
+    counts = {"--text-bytes": 1 if text_bytes is None else text_bytes, "--gpus-per-node": gpus_per_node, "--nodes": nodes}
     if wrong := [f"{name} {count}" for name, count in counts.items() if count < 1]:
         raise UserError(f"{', '.join(wrong)}: it takes 1 or more.")
-    given = flatten(settings, explicit=True)
+    given = preset_settings(preset) | flatten(settings, explicit=True)
     settled = resolve(given, complete=False)
+    vocab_size = settled.text.vocab_size or 65  # English letters and punctuation
     here: tuple[str, float, float | None] = ("", 0.0, None)  # which takes no measuring
     if gpu is None:
         place = machine.choose(settled.machine)

@@ -16,9 +16,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from cyclopts import Parameter
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from nanogpt.errors import UserError
+
+TOKENIZERS = ("char", "byte", "word", "bpe")
 
 
 class Section(BaseModel):
@@ -47,13 +49,32 @@ class ModelConfig(Section):
     """Tokens the model looks back on."""
     dropout: Annotated[float, Field(ge=0, le=0.99)] = 0.2
     """Share of activations zeroed in training, against overfitting (in steps of 1/256)."""
+    window: Annotated[int | None, Field(ge=1)] = None
+    """Tokens that attention sees at a time, itself included, for modern; its cost is then linear in the context. [default: all]"""
+    rope_base: Annotated[float, Field(gt=1)] = 10_000.0
+    """Rotary positions of modern: the slowest turns once in 2 pi times so many tokens; a longer context wants a larger one."""
+
+
+def is_path(tokenizer: str) -> bool:
+    """Whether a tokenizer is named by where it lies, which a kind's name does not look like."""
+    return tokenizer.endswith(".json") or "/" in tokenizer or "\\" in tokenizer
+
+
+def _known_tokenizer(name: str) -> str:
+    if name not in TOKENIZERS and not is_path(name):
+        near = difflib.get_close_matches(name, TOKENIZERS, n=1)
+        meant = f"; did you mean {near[0]}" if near else ""
+        raise ValueError(f"neither a kind of tokenizer ({', '.join(TOKENIZERS)}) nor the path of a tokenizer.json{meant}")
+    return name
 
 
 class TextConfig(Section):
     """How text becomes tokens, and what is held out."""
 
-    tokenizer: Literal["char"] = "char"
-    """What a token is: a character."""
+    tokenizer: Annotated[str, AfterValidator(_known_tokenizer)] = "char"
+    """What a token is: char, byte, word, bpe (parts of words), or what the tokenizer.json at this path says."""
+    vocab_size: Annotated[int | None, Field(ge=1)] = None
+    """Different tokens of word and bpe. [default: by the text's size, from 512 to 32768: 1 MB gets 1024 for bpe, 4096 for word]"""
     encoding: str | None = None
     """Encoding of the text files. [default: UTF-8, or UTF-16 where its mark is found]"""
     val: str | None = None
@@ -67,6 +88,10 @@ class TrainingConfig(Section):
 
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Windows of text in one step."""
+    micro_batch_size: Annotated[int | None, Field(ge=1)] = None
+    """Windows that are computed at once; the gradients of a step are added up. [default: as many as memory suffices for]"""
+    checkpoint_activations: bool | None = None
+    """Compute inner activations again in the backward pass instead of keeping them. [default: where not one window fits into the memory otherwise]"""
     steps: Annotated[int | None, Field(ge=1)] = 5000
     """Updates of the weights. [default: 5000, or as many as fit into the minutes; with both, whichever ends first]"""
     minutes: Annotated[float | None, Field(gt=0, le=525_600)] = None
@@ -141,7 +166,26 @@ class SamplingConfig(Section):
     """End before this text; may be given more than once."""
 
 
-PRESETS: dict[str, dict[str, Any]] = {"classic": {}}  # whole recipes by name: the settings that differ from the defaults, which are the seed's
+def _gpt2(n_layer: int, n_head: int, n_embd: int, learning_rate: float, steps: int) -> dict[str, Any]:
+    """A shape of GPT-2's (Radford et al. 2019, table 2), its batch and context (section 2.3); rate and warm-up of GPT-3's model of the size (Brown et al.
+    2020, table 2.1 and appendix B), which GPT-2's authors did not tell; and 20 tokens for each parameter (Hoffmann et al. 2022, table 3)."""
+    shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "context_length": 1024, "dropout": 0.1}
+    return shape | {"batch_size": 512, "learning_rate": learning_rate, "warmup_steps": 700, "steps": steps}
+
+
+# Whole recipes by name: the settings that differ from the defaults, which are the seed's.
+PRESETS: dict[str, dict[str, Any]] = {
+    "classic": {},
+    "gpt2": _gpt2(12, 12, 768, 6e-4, 5_000),
+    "gpt2-medium": _gpt2(24, 16, 1024, 3e-4, 13_500),
+    "gpt2-large": _gpt2(36, 20, 1280, 2.5e-4, 29_500),
+    "gpt2-xl": _gpt2(48, 25, 1600, 2e-4, 59_500),
+}
+_LEARNING = {"optimizer": "muon", "learning_rate": 3e-3, "matrix_learning_rate": 0.015, "cooldown": 0.7, "weight_decay": 0.05}
+PRESETS |= {  # the same sizes in the other shape, so that the two can be compared; what suits its optimiser is what the recipe takes for long runs
+    "modern": {"arch": "modern"} | _LEARNING,
+    "modern-gpt2": PRESETS["gpt2"] | {"arch": "modern", "dropout": 0.0} | _LEARNING,
+}
 SECTION_OF = {name: section for section, field in Config.model_fields.items() for name in field.annotation.model_fields}  # type: ignore[union-attr]
 
 
@@ -159,6 +203,13 @@ def resolve(settings: dict[str, Any], *, complete: bool = True) -> Config:
     if settings.get("minutes") is not None:
         nested["training"].setdefault("steps", None)
     return _checked(Config, nested, settings, SECTION_OF, _contradictions if complete else lambda config: [])
+
+
+def preset_settings(name: str | None) -> dict[str, Any]:
+    """The settings of a preset; without a name, none. Errors: `UserError` for a name that is not there."""
+    if name is not None and name not in PRESETS:
+        raise UserError(f"There is no preset {name!r}.", f"The presets: {', '.join(PRESETS)}.")
+    return dict(PRESETS.get(name or "", {}))
 
 
 def resolve_sampling(settings: dict[str, Any]) -> SamplingConfig:
@@ -186,13 +237,20 @@ def _checked(
 def explain(error: ValidationError) -> list[str]:
     """Say what pydantic found in one line per problem: the setting, the value, the limit."""
     names = [[part for part in problem["loc"] if isinstance(part, str)][-1] for problem in error.errors()]  # other parts are places in a list
-    return [f"{name} = {problem['input']!r}: {problem['msg'].lower()}." for name, problem in zip(names, error.errors(), strict=True)]
+    said = [problem["msg"].lower().removeprefix("value error, ") for problem in error.errors()]
+    return [f"{name} = {problem['input']!r}: {what}." for name, problem, what in zip(names, error.errors(), said, strict=True)]
 
 
 def flatten(config: BaseModel, *, explicit: bool = False) -> dict[str, Any]:
     """The settings by name; with `explicit`, only those that somebody gave a value."""
     sections = config.model_dump(exclude_unset=explicit)
     return {name: value for section in sections.values() for name, value in section.items()}
+
+
+def differing(head: tuple[str, str, str], names: Iterable[str], before: dict[str, Any], after: dict[str, Any]) -> str:
+    """A table, for a person, of settings that were one thing and are now asked to be another."""
+    rows = [head, *((name, str(before[name]), str(after[name])) for name in names)]
+    return "\n".join(f"  {name:16} {old:>12} {new:>12}" for name, old, new in rows)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -239,6 +297,8 @@ def _contradictions(config: Config) -> list[str]:
         found.append(f"n_embd = {model.n_embd} over n_head = {model.n_head} gives heads of an odd width, and modern turns channels in pairs.")
     if model.n_kv_head is not None and (model.arch == "classic" or model.n_head % model.n_kv_head):
         found.append(f"n_kv_head = {model.n_kv_head} goes with arch = 'modern' and must divide n_head = {model.n_head}.")
+    if model.window is not None and model.arch == "classic":
+        found.append(f"window = {model.window} goes with arch = 'modern'.")
     if config.training.steps is None and config.training.minutes is None:
         found.append("Neither steps nor minutes: nothing would end the run.")
     return found

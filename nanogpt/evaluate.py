@@ -4,8 +4,10 @@ In: a model and held-out tokens, or a history of losses. Out: sums that are divi
 """
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -13,19 +15,20 @@ import torch
 from nanogpt.machine import Machine
 from nanogpt.model import GPT
 
-NGRAM_TOKENS = 10_000_000  # baselines are counted on at most so many tokens of the training split,
-NGRAM_CHUNK = 1_000_000  # and in pieces of so many, which bounds the memory,
+NGRAM_TOKENS = 10_000_000  # baselines are counted on at most so many tokens of the training split, which bounds the memory,
 NGRAM_SCORED = 2_000_000  # and scored on at most so many of the validation split
-BATCH_TOKENS = 8192  # in one forward pass of an evaluation: more is no faster and takes more memory
+BATCH_TOKENS = 8192  # in one forward pass of an evaluation: more is no faster and takes more memory,
+BATCH_LOGITS = 1 << 26  # as do more numbers than this, of a large vocabulary
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Cross-entropy over some text: the sum, in nats, over `tokens` predicted tokens, which stand for `bytes` bytes of UTF-8."""
+    """Cross-entropy over some text: the sum, in nats, over `tokens` predicted tokens, which stand for `bytes` bytes of UTF-8 and `words` words (0: unknown)."""
 
     nats: float
     tokens: int
     bytes: float
+    words: float = 0.0
 
     @property
     def val_loss(self) -> float:
@@ -34,15 +37,44 @@ class Loss:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per byte of text, the only one of these numbers that is fair between tokenizers."""
+        """Bits per byte of text: fair between tokenizers, as the loss for each of them is not."""
         return self.nats / math.log(2) / self.bytes
+
+    @property
+    def word_perplexity(self) -> float:
+        """Among how many words, equally likely, the model would be as unsure of each next one: fair too, for texts with spaces between words.
+
+        It is exp(nats / words), where words are what white space separates; nan where they were not counted.
+        """
+        if not self.words:
+            return math.nan
+        per_word = self.nats / self.words
+        return math.exp(per_word) if per_word < math.log(sys.float_info.max) else math.inf
+
+
+class Size:
+    """Counts the bytes of UTF-8 and the words of text that passes; words are what white space separates, and end where a text ends."""
+
+    def __init__(self) -> None:
+        self.bytes = self.words = 0
+
+    def counting(self, chunks: Iterable[str]) -> Iterator[str]:
+        """The chunks of one text, as they come."""
+        within = False  # a word
+        for chunk in chunks:
+            self.bytes += len(chunk.encode())
+            self.words += len(chunk.split()) - (within and not chunk[:1].isspace() and chunk != "")
+            within = not chunk[-1].isspace() if chunk else within
+            yield chunk
 
 
 @torch.inference_mode()
-def evaluate(model: GPT, tokens: np.ndarray, n_bytes: int, machine: Machine, context_length: int | None = None, limit: int | None = None) -> Loss:
+def evaluate(
+    model: GPT, tokens: np.ndarray, n_bytes: int, machine: Machine, context_length: int | None = None, limit: int | None = None, n_words: int = 0
+) -> Loss:
     """The loss over all of `tokens` (N,), N >= 2, in non-overlapping windows of `context_length` (the model's own, if not given).
 
-    Every token but the first is predicted once, from those before it in its window. `n_bytes` is the size of the text. With
+    Every token but the first is predicted once, from those before it in its window. `n_bytes` is the size of the text, `n_words` its words. With
     `limit`, only so many tokens are predicted, in whole windows spread evenly over the split, always the same ones.
     """
     T = context_length or model.config.context_length
@@ -50,7 +82,7 @@ def evaluate(model: GPT, tokens: np.ndarray, n_bytes: int, machine: Machine, con
     whole = starts[starts + T < len(tokens)]
     if limit is not None and limit // T < len(whole):
         starts = whole[np.linspace(0, len(whole) - 1, max(1, limit // T)).round().astype(int)]
-    rows = max(1, BATCH_TOKENS // T)
+    rows = max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.vocab_size) // T)
     nats, count = 0.0, 0
     full, short = starts[starts + T < len(tokens)], starts[starts + T >= len(tokens)]
     for group in (*(full[i : i + rows] for i in range(0, len(full), rows)), *short.reshape(-1, 1)):
@@ -59,7 +91,8 @@ def evaluate(model: GPT, tokens: np.ndarray, n_bytes: int, machine: Machine, con
         with machine.autocast():
             nats += model.nats(block[:, :-1], block[:, 1:]).item()
         count += block[:, 1:].numel()
-    return Loss(nats, count, n_bytes * count / len(tokens))
+    share = count / len(tokens)
+    return Loss(nats, count, n_bytes * share, n_words * share)
 
 
 def ngram_losses(train: np.ndarray, val: np.ndarray) -> dict[str, float]:
@@ -69,20 +102,18 @@ def ngram_losses(train: np.ndarray, val: np.ndarray) -> dict[str, float]:
     successors trusts its own counts with c / (c + u) and the shorter context with the rest. "uniform" spreads evenly
     over the tokens that occur. Counted on the first `NGRAM_TOKENS` of `train`, scored on the first `NGRAM_SCORED` of `val`.
     """
-    train, val = train[:NGRAM_TOKENS], val[:NGRAM_SCORED]
-    alphabet = np.unique(np.concatenate([np.unique(piece) for piece in (*_pieces(train, 1), val)]))
-    val, size = np.searchsorted(alphabet, val), len(alphabet)
+    train, val = np.asarray(train[:NGRAM_TOKENS]), np.asarray(val[:NGRAM_SCORED])
+    occurs = np.zeros(1 + max(int(part.max(initial=0)) for part in (train, val)), bool)
+    occurs[train] = occurs[val] = True
+    place, size = (occurs.cumsum() - 1).astype(np.int32), int(occurs.sum())
+    train, val = place[train], place[val]  # numbers below `size`
     losses = {"uniform": math.log(size)}
     p = np.full(len(val), 1 / size)  # of every token of val, under the shorter context
     for order, name in enumerate(("unigram", "bigram", "trigram"), start=1):
         if len(train) < order or len(val) <= order:
             break
-        distinct, counts = np.empty(0, np.int64), np.empty(0, np.int64)
-        for piece in _pieces(train, order):
-            new, more = np.unique(_windows(np.searchsorted(alphabet, piece), order, size), return_counts=True)
-            distinct, place = np.unique(np.concatenate([distinct, new]), return_inverse=True)
-            counts = np.bincount(place, weights=np.concatenate([counts, more])).astype(np.int64)
-        contexts, first = np.unique(distinct // size, return_index=True)  # distinct is sorted, so successors lie together
+        distinct, counts = _counted(_windows(train, order, size))
+        contexts, first = _starts(distinct // size)  # distinct is sorted, so successors lie together
         uses, successors = np.add.reduceat(counts, first), np.diff(np.append(first, len(distinct)))
         seen = _windows(val, order, size)
         c, u = _lookup(contexts, uses, seen // size), _lookup(contexts, successors, seen // size)
@@ -94,17 +125,26 @@ def ngram_losses(train: np.ndarray, val: np.ndarray) -> dict[str, float]:
     return losses
 
 
-def _pieces(tokens: np.ndarray, order: int) -> list[np.ndarray]:
-    """The tokens cut so that every run of `order` of them lies whole in exactly one piece."""
-    return [tokens[i : i + NGRAM_CHUNK + order - 1] for i in range(0, len(tokens) - order + 1, NGRAM_CHUNK)]
-
-
 def _windows(tokens: np.ndarray, order: int, size: int) -> np.ndarray:
-    """Each run of `order` tokens as one number in base `size`."""
+    """Each run of `order` tokens as one number in base `size`, which 64 bits hold for up to two million different tokens."""
     number = np.zeros(len(tokens) - order + 1, np.int64)
     for i in range(order):
-        number = number * size + tokens[i : len(tokens) - order + 1 + i]
+        number *= size
+        number += tokens[i : len(tokens) - order + 1 + i]
     return number
+
+
+def _counted(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different numbers, sorted, and how often each occurs. Sorts `numbers` in place: ten million take a second at most, and no second copy."""
+    numbers.sort()
+    distinct, first = _starts(numbers)
+    return distinct, np.diff(np.append(first, len(numbers)))
+
+
+def _starts(ascending: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different ones of some sorted numbers, and where each begins."""
+    first = np.flatnonzero(np.concatenate([[True], ascending[1:] != ascending[:-1]]))
+    return ascending[first], first
 
 
 def _lookup(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -181,3 +221,34 @@ def _steps_to(loss: float, history: Sequence[Point]) -> int:
     doublings = (last.val_loss - loss) / gain if gain and gain > 0 else 1.0
     steps = last.step * 2 ** min(doublings, math.log2(100))
     return int(float(f"{steps:.1e}"))
+
+
+@dataclass(frozen=True)
+class PositionLoss:
+    """The mean loss of the tokens from position `first` to `last` of their contexts; the first token of a window has position 0 and one token before it."""
+
+    first: int
+    last: int
+    nats_per_token: float
+    tokens: int
+
+
+@torch.inference_mode()
+def loss_by_position(model: GPT, tokens: np.ndarray, machine: Machine, context_length: int | None = None) -> list[PositionLoss]:
+    """The loss over all of `tokens` (N,), N >= 2, in the windows of `evaluate`, by position in the window: 0 to 15, 16 to 31, 32 to 63, and so on."""
+    T = min(context_length or model.config.context_length, len(tokens) - 1)
+    nats, counts = torch.zeros(T, dtype=torch.float64), torch.zeros(T, dtype=torch.int64)
+    step = max(1, BATCH_TOKENS // T) * T
+    for start in range(0, len(tokens) - 1, step):
+        piece = torch.from_numpy(tokens[start : start + step + 1].astype(np.int64)).to(machine.device)
+        behind = len(piece) - 1
+        whole = behind // T * T  # in windows of T; the last may be shorter
+        for first, last, length in ((0, whole, T), (whole, behind, behind - whole)):
+            if first == last:
+                continue
+            idx, targets = (piece[first + shift : last + shift].view(-1, length) for shift in (0, 1))  # (B, T)
+            with machine.autocast():
+                nats[:length] += model.nats_of_each(idx, targets).sum(dim=0).cpu().double()
+            counts[:length] += len(idx)
+    edges = [0, *(edge for power in range(4, 64) if (edge := 2**power) < T), T]
+    return [PositionLoss(a, b - 1, (nats[a:b].sum() / counts[a:b].sum()).item(), int(counts[a:b].sum())) for a, b in pairwise(edges)]

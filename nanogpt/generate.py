@@ -9,7 +9,9 @@ sequence alone: same seed, same text. When the context is full, its last half is
 import codecs
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,9 +98,9 @@ def text(tokenizer: Tokenizer, ids: Iterable[int], stop: Sequence[str] = ()) -> 
         if token == tokenizer.end:
             break
         held += decoder.decode(tokenizer.token_bytes[token])
-        ends = [at for string in stop if (at := held.find(string)) >= 0]
-        if ends:
-            yield from filter(None, [held[: min(ends)]])
+        ends = [(at + len(string), at) for string in stop if (at := held.find(string)) >= 0]
+        if ends:  # the string that is complete first counts, however many of them a token completes
+            yield from filter(None, [held[: min(ends)[1]]])
             return
         safe = len(held) - max((_overlap(held, string) for string in stop), default=0)
         if safe:
@@ -115,15 +117,15 @@ def _overlap(held: str, string: str) -> int:
 def encode_prompt(tokenizer: Tokenizer, prompt: str | None, unused: Ranges, context_length: int, strict: bool = False) -> list[int]:
     """The ids a model starts from; without a prompt, the token that begins a text.
 
-    Warns of an empty prompt, of one longer than the context, and of characters the model never saw, which with `strict` are a `UserError`.
+    Warns of an empty prompt, of one longer than the context, and of what the model never saw, which with `strict` are a `UserError`.
     """
-    if unknown := tokenizer.unknown(prompt or ""):
-        named = ", ".join(f"{letter!r} (U+{ord(letter):04X}) at position {at}" for at, letter in unknown[:5]) + (", …" if len(unknown) > 5 else "")
+    ids = tokenizer.encode(prompt or "")
+    if unknown := tokenizer.unknown(prompt or "") or _unlearned(tokenizer, prompt or "", ids, unused):
+        named = ", ".join(f"{_named(string)} at position {at}" for at, string in unknown[:5]) + (", …" if len(unknown) > 5 else "")
         what = f"The training text had no {named}."
         if strict:
             raise UserError(what, "Leave it out of the prompt, or leave out --strict and it is spelled by its bytes.")
-        warnings.warn(f"{what} Such a character is spelled by bytes that the model never learned: expect nonsense near it.", Notice, stacklevel=2)
-    ids = tokenizer.encode(prompt or "")
+        warnings.warn(f"{what} Its tokens are such that the model never learned: expect nonsense near it.", Notice, stacklevel=2)
     if len(ids) > context_length:
         kept = max(1, context_length // 2)
         warnings.warn(f"The prompt has {len(ids):,} tokens and the model looks back on {context_length:,}: only the last {kept:,} count.", Notice, stacklevel=2)
@@ -132,6 +134,22 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | None, unused: Ranges, cont
         if prompt is not None:
             warnings.warn(f"The prompt is empty: the text starts after {tokenizer.decode(ids)!r}.", Notice, stacklevel=2)
     return ids
+
+
+def _unlearned(tokenizer: Tokenizer, prompt: str, ids: Sequence[int], unused: Ranges) -> list[tuple[int, str]]:
+    """The parts of a prompt whose tokens are `unused`, in whole characters, each with its position; a byte that occurred in other characters is learned."""
+    if not ids:
+        return []
+    new = [any(first <= i < behind for first, behind in unused) for i in ids]
+    of_bytes = np.repeat(new, [len(tokenizer.token_bytes[i]) for i in ids])
+    starts = [0, *accumulate(len(letter.encode()) for letter in prompt[:-1])]
+    strange = np.logical_or.reduceat(of_bytes, starts)
+    runs = [list(run) for is_strange, run in groupby(enumerate(prompt), lambda letter: strange[letter[0]]) if is_strange]
+    return [(run[0][0], "".join(letter for _, letter in run)) for run in runs]
+
+
+def _named(string: str) -> str:
+    return f"{string!r} (U+{ord(string):04X})" if len(string) == 1 else repr(string)
 
 
 def _start(tokenizer: Tokenizer, unused: Ranges) -> int:

@@ -14,37 +14,57 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from nanogpt import checkpoint, generate, machine, recipe
-from nanogpt.config import PRESETS, Config, MachineConfig, PlaceConfig, flatten, read_toml, resolve, resolve_sampling, to_toml
+from nanogpt import checkpoint, finetune, generate, machine, recipe
+from nanogpt.config import (
+    Config,
+    MachineConfig,
+    PlaceConfig,
+    TrainingConfig,
+    differing,
+    flatten,
+    is_path,
+    preset_settings,
+    read_toml,
+    resolve,
+    resolve_sampling,
+    to_toml,
+)
 from nanogpt.corpus import expand, findable
 from nanogpt.errors import Notice, UserError
-from nanogpt.evaluate import Loss, Verdict, evaluate, ngram_losses
+from nanogpt.evaluate import Loss, PositionLoss, Size, Verdict, evaluate, loss_by_position, ngram_losses
 from nanogpt.files import locked, require_space, sweep, write_text
-from nanogpt.plan import SHARE, flops_per_token, memory
+from nanogpt.plan import SHARE, flops_per_token
 from nanogpt.prepare import Prepared, open_prepared, prepare
 from nanogpt.recipe import Choice
 from nanogpt.report import Event, Interrupted, RunLog, Started, Stopping
 from nanogpt.tokenizer import Tokenizer
-from nanogpt.trainer import Position, Trainer, build
+from nanogpt.trainer import Position, Trainer, build, fitted
 
 DEFAULT_MINUTES = 5.0
 ENDS = ("steps", "minutes")  # the settings of which one ends a run
-MAY_CHANGE = {*ENDS, "eval_every", "patience"} | MachineConfig.model_fields.keys()  # when a run goes on; all else would make it another run
+MAY_CHANGE = {
+    *ENDS,
+    "eval_every",
+    "patience",
+    "micro_batch_size",
+    "checkpoint_activations",
+} | MachineConfig.model_fields.keys()  # when a run goes on; all else would make it another run
 
 
 @dataclass(frozen=True)
 class Evaluation(Loss):
     """A loss, with the n-gram baselines on the same text (none, where the training text is gone) and the verdict on the training."""
 
-    baselines: dict[str, float]
-    verdict: Verdict | None
+    baselines: dict[str, float] = field(default_factory=dict)
+    verdict: Verdict | None = None
+    by_position: list[PositionLoss] = field(default_factory=list)
 
 
 class Model:
@@ -78,8 +98,8 @@ class Model:
         drawn = generate.tokens(self._model, ids, settings, seed, self._writer, unused)
         return generate.text(self.tokenizer, drawn, settings.stop)
 
-    def evaluate(self, *text: str | os.PathLike[str], context_length: int | None = None, encoding: str | None = None) -> Evaluation:
-        """The loss on a text, or without one on the validation split of the run that made the model.
+    def evaluate(self, *text: str | os.PathLike[str], context_length: int | None = None, encoding: str | None = None, by_position: bool = False) -> Evaluation:
+        """The loss on a text, or without one on the validation split of the run that made the model; also by the position in the context, if asked for.
 
         Errors: `UserError` when there is no such text, or when the context is longer than the model's.
         """
@@ -94,18 +114,20 @@ class Model:
             warnings.warn(f"No baselines: {error}", Notice, stacklevel=2)
             prepared = None
         if text:
-            tokens, n_bytes = self._encode([os.fspath(path) for path in text], encoding)
+            tokens, n_bytes, n_words = self._encode([os.fspath(path) for path in text], encoding)
             baselines = ngram_losses(prepared.train, tokens) if prepared else {}
         elif prepared:
-            tokens, n_bytes, baselines = prepared.val, prepared.about["val_bytes"], prepared.about["baselines"]
+            tokens, baselines = prepared.val, prepared.about["baselines"]
+            n_bytes, n_words = prepared.about["val_bytes"], prepared.about.get("val_words", 0)
         else:
             raise UserError(
                 f"{self._path} is a model without its run folder, so its validation text is not at hand.",
                 f"Name a text: nanogpt eval {shlex.quote(str(self._path))} TEXT",
             )
-        loss = evaluate(self._model, tokens, n_bytes, self._machine, context_length)
+        loss = evaluate(self._model, tokens, n_bytes, self._machine, context_length, n_words=n_words)
         judged = None if text or "verdict" not in self.summary else Verdict(**self.summary["verdict"])
-        return Evaluation(loss.nats, loss.tokens, loss.bytes, baselines, judged)
+        buckets = loss_by_position(self._model, tokens, self._machine, context_length) if by_position else []
+        return Evaluation(loss.nats, loss.tokens, loss.bytes, loss.words, baselines=baselines, verdict=judged, by_position=buckets)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
@@ -126,20 +148,21 @@ class Model:
         if not (run / "text.json").is_file():
             return None
         prepared = _text_of(run, resolve(read_toml(run / "config.toml")))
-        return prepared if prepared.about["fingerprint"] == self.summary["text"] else None
+        same = prepared.about["fingerprint"] == self.summary["text"] and prepared.tokenizer.to_json() == self.tokenizer.to_json()
+        return prepared if same else None
 
-    def _encode(self, sources: Sequence[str], encoding: str | None) -> tuple[np.ndarray, int]:
-        pieces, n_bytes = [], 0
+    def _encode(self, sources: Sequence[str], encoding: str | None) -> tuple[np.ndarray, int, int]:
+        """The tokens of a text, its bytes and its words."""
+        pieces: list[np.ndarray] = []
+        size = Size()
         for document in (documents := expand(sources, encoding)):
-            for chunk in document.chunks():
-                pieces.append(self.tokenizer.encode_array(chunk))
-                n_bytes += len(chunk.encode())
+            pieces += self.tokenizer.encode_chunks(size.counting(document.chunks()))
             if len(documents) > 1:
                 pieces.append(np.array([self.tokenizer.end], np.uint32))
         tokens = np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
         if len(tokens) < 2:
             raise UserError(f"There are {len(tokens)} tokens in {', '.join(sources)}; a loss needs at least 2.")
-        return tokens, n_bytes
+        return tokens, size.bytes, size.words
 
 
 def load(path: str | os.PathLike[str], **settings: Any) -> Model:
@@ -161,6 +184,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     preset: str | None = None,
+    init_from: str | os.PathLike[str] | None = None,
     begun: float | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     **settings: Any,
@@ -169,6 +193,7 @@ def train(
 
     `out` is the run folder; without one nothing is kept but the model. `settings` are those of the command line, with underscores; they
     override those in the TOML file `config`, and those the `preset`. With `resume` a run goes on from its last state, and then needs no text.
+    `init_from`, a run folder or a model file, is an earlier model that the run begins from: its shape and tokenizer stay, its context may change.
     Where neither `minutes` nor `steps`, `preset` or `config` is given, the run takes five minutes; the minutes begin at `begun` (by `time.monotonic`), or now.
     Errors: `UserError`, see its message. Ctrl-C and SIGTERM save to `out` before they raise `KeyboardInterrupt` and `SystemExit`.
     """
@@ -185,8 +210,10 @@ def train(
         if resume and not resuming:
             warnings.warn(f"There is no saved state in {run}: starting afresh.", Notice, stacklevel=2)
         given = _given(settings, config, preset, resuming)
-        settled, prepared, place, choices = _settle(run, sources, given, resuming, begun if preset is None else None)
-        _require_memory(settled, prepared.tokenizer.vocab_size, place)
+        earlier = finetune.earlier_model(init_from, settings) if init_from is not None and not resuming else None
+        settled, prepared, place, choices = _settle(run, sources, given, resuming, begun if preset is None else None, earlier)
+        open_ones, (settled, needed, free) = settled.training, fitted(settled, prepared.tokenizer.vocab_size, place)
+        choices += _smaller(open_ones, settled.training, free)
         with machine.memory_for(f"a model of this shape: {settled.model}"):
             model, optimizer = build(settled, prepared.tokenizer.vocab_size, place)
         require_space(run, 8 * sum(p.nbytes for p in model.parameters()))  # model and state, each also while it is replaced
@@ -198,6 +225,10 @@ def train(
             if given.get("minutes") is not None and given["minutes"] < used:
                 raise UserError(f"The run in {run} took {used:.2g} minutes already, more than --minutes {given['minutes']:g}.", "Give it more.")
         else:
+            if earlier is not None:
+                checkpoint.take_weights(model, earlier.model)
+                prepared.about["init_from"] = findable(os.fspath(init_from or ""))
+                earlier = None  # which would take memory
             checkpoint.clear_run_folder(run)
             position = Position()
         sweep(run, older_than=0)
@@ -206,7 +237,7 @@ def train(
         asked = stack.enter_context(_stop_signals(on_event)) if out is not None else []
         trainer = Trainer(model, optimizer, prepared, settled.training, place, run, position, lambda: bool(asked), begun)
         log, event = RunLog(run), None
-        for event in _events(trainer, settled, place, choices):
+        for event in _events(trainer, settled, place, choices, needed, free):
             log(event)
             on_event(event)
         if isinstance(event, Interrupted):
@@ -216,9 +247,7 @@ def train(
 
 def _given(settings: dict[str, Any], config: str | os.PathLike[str] | None, preset: str | None, resuming: bool) -> dict[str, Any]:
     """The settings that somebody chose, by name: of the preset, over it those of the TOML file, over it the others. What ends the run is one of them."""
-    if preset is not None and preset not in PRESETS:
-        raise UserError(f"There is no preset {preset!r}.", f"The presets: {', '.join(PRESETS)}.")
-    given = PRESETS.get(preset or "", {}) | (read_toml(Path(config)) if config else {})
+    given = preset_settings(preset) | (read_toml(Path(config)) if config else {})
     if _ends(settings):  # what ends the run here replaces what ends it in the file
         given = {name: value for name, value in given.items() if name not in ENDS}
     given |= settings
@@ -226,6 +255,8 @@ def _given(settings: dict[str, Any], config: str | os.PathLike[str] | None, pres
         given["minutes"] = DEFAULT_MINUTES
     if isinstance(given.get("val"), str | os.PathLike):
         given["val"] = findable(os.fspath(given["val"]))
+    if isinstance(given.get("tokenizer"), os.PathLike) or is_path(str(given.get("tokenizer", ""))):
+        given["tokenizer"] = os.path.abspath(os.path.expanduser(given["tokenizer"]))
     return given
 
 
@@ -234,7 +265,7 @@ def _ends(settings: dict[str, Any]) -> bool:
 
 
 def _settle(
-    run: Path, sources: Sequence[str], given: dict[str, Any], resuming: bool, begun: float | None
+    run: Path, sources: Sequence[str], given: dict[str, Any], resuming: bool, begun: float | None, earlier: checkpoint.Parts | None
 ) -> tuple[Config, Prepared, machine.Machine, list[Choice]]:
     """Everything that is decided before a model is built: settings, text and machine, and why. With `begun` the recipe has a say in a new run by the clock."""
     if resuming:
@@ -243,12 +274,15 @@ def _settle(
             saved = {name: value for name, value in saved.items() if name not in ENDS}
         _require_unchanged(saved, given)
         given = saved | given
+    asked = given
+    if earlier is not None:
+        given = finetune.continuing(given, earlier.model.config)
     recipe_follows = begun is not None and given.get("minutes") is not None and not resuming
     settled = resolve(given, complete=not recipe_follows)
     steps = settled.training.steps
     if resuming and steps is not None and (checkpoint.latest_step(run) or 0) > steps:
         raise UserError(f"The run in {run} is at step {checkpoint.latest_step(run):,} already, past --steps {steps}.", "Give it more steps.")
-    prepared = _text_of(run, settled, sources) if resuming else _new_text(sources, settled)
+    prepared = _text_of(run, settled, sources) if resuming else _new_text(sources, settled, earlier)
     place = machine.choose(settled.machine)
     choices: list[Choice] = []
     if begun is not None and recipe_follows:
@@ -256,24 +290,26 @@ def _settle(
         with machine.memory_for("a model of these settings"):
             choices = recipe.choose(left, len(prepared.train), prepared.tokenizer.vocab_size, place, given)
         settled = resolve(given | {choice.name: choice.value for choice in choices})
-    settled = _fit_context(settled, given, len(prepared.train))
+    if earlier is not None:
+        gentler = finetune.gentler(settled, given)
+        settled = resolve(flatten(settled) | {choice.name: choice.value for choice in gentler})
+        choices = [choice for choice in choices if choice.name not in {other.name for other in gentler}] + gentler
+    settled = _fit_context(settled, asked, len(prepared.train))
     seconds = _expected_seconds(settled, prepared, place)
     place, reasons = machine.for_training(place, settled.machine, settled.model, settled.training.batch_size, seconds)
     choices += [Choice(name, getattr(place.settings(), name), reason) for name, reason in reasons.items()]
     return settled.model_copy(update={"machine": place.settings()}), prepared, place, choices
 
 
-def _require_memory(settled: Config, vocab_size: int, place: machine.Machine) -> None:
-    """Errors: `UserError` where a step would need far more memory than there is; a system may kill the process, and others, without a word."""
-    half = place.dtype != torch.float32
-    needed = sum(memory(settled.model, settled.training, vocab_size, settled.training.batch_size, half=half, fused=place.attention == "fused").values())
-    there = machine.memory_of(place.device)
-    if there is not None and needed > 1.2 * there:  # the estimate is good to a fifth
-        raise UserError(
-            f"There is not enough memory for a step of {settled.training.batch_size:,} windows of {settled.model.context_length} tokens with this model: it "
-            f"takes about {needed / 1e9:,.0f} GB, and {there / 1e9:,.0f} GB are there.",
-            "Lower --batch-size, --context-length, --n-embd or --n-layer; `nanogpt plan` tells what each would take.",
-        )
+def _smaller(asked: TrainingConfig, chosen: TrainingConfig, free: float | None) -> list[Choice]:
+    """What was chosen because memory does not suffice for a whole batch at once."""
+    reason = f"all {asked.batch_size} windows at once would take more than the {(free or 0) / 1e9:.2g} GB that are free"
+    found = []
+    if asked.micro_batch_size is None and chosen.micro_batch_size != asked.batch_size:
+        found.append(Choice("micro_batch_size", chosen.micro_batch_size, reason))
+    if asked.checkpoint_activations is None and chosen.checkpoint_activations:
+        found.append(Choice("checkpoint_activations", True, reason))
+    return found
 
 
 def _expected_seconds(settled: Config, prepared: Prepared, place: machine.Machine) -> float:
@@ -289,10 +325,15 @@ def new_seed() -> int:
     return secrets.randbelow(2**31)
 
 
-def _new_text(sources: Sequence[str], settled: Config) -> Prepared:
+def _new_text(sources: Sequence[str], settled: Config, earlier: checkpoint.Parts | None) -> Prepared:
     if not sources:
         raise UserError("There is no text to train on.", "Name a file, a folder or a built-in text, for example: nanogpt train python-docs")
-    return prepare(sources, settled.text)
+    if earlier is None:
+        return prepare(sources, settled.text)
+    prepared = prepare(sources, settled.text, earlier.tokenizer)
+    pairs = [(a, b) for a in prepared.about["unused"] for b in earlier.summary["unused"]]  # of ranges of tokens
+    unused = [[max(a[0], b[0]), min(a[1], b[1])] for a, b in pairs if max(a[0], b[0]) < min(a[1], b[1])]  # in the texts of both
+    return replace(prepared, about=prepared.about | {"unused": unused})
 
 
 def _text_of(run: Path, settled: Config, sources: Sequence[str] = ()) -> Prepared:
@@ -307,13 +348,19 @@ def _text_of(run: Path, settled: Config, sources: Sequence[str] = ()) -> Prepare
             return replace(open_prepared(Path(about["folder"])), about=about)
     if not sources and "-" in about["sources"]:
         raise UserError(f"The text of {run} came from standard input, and its tokens are no longer in {about['folder']}.", "Give it the text again.")
-    prepared = prepare(sources or about["sources"], settled.text)
+    prepared = prepare(sources or about["sources"], settled.text, checkpoint.load(run).tokenizer if "init_from" in about else None)
     if any(prepared.about[name] != about[name] for name in ("fingerprint", "val_fingerprint")):
         sizes = [f"{text['train_bytes'] + text['val_bytes']:,} bytes, SHA-256 {text['fingerprint'][:16]}…" for text in (about, prepared.about)]
         raise UserError(
             f"The text is not the one the run in {run} began with: then {sizes[0]}; now {sizes[1]}.", "Give it the same text, or train anew with --out FOLDER."
         )
-    return prepared
+    if prepared.about["train_tokens"] != about["train_tokens"]:
+        raise UserError(
+            f"The tokenizer of {run} ({settled.text.tokenizer}) makes other tokens than when the run began: then {about['train_tokens']:,} of the same "
+            f"text, now {prepared.about['train_tokens']:,}.",
+            "Put the file back that it was, or train anew with --out FOLDER.",
+        )
+    return replace(prepared, about=about | {name: prepared.about[name] for name in ("sources", "folder")})
 
 
 def _require_unchanged(saved: dict[str, Any], given: dict[str, Any]) -> None:
@@ -321,8 +368,7 @@ def _require_unchanged(saved: dict[str, Any], given: dict[str, Any]) -> None:
     before, asked = flatten(resolve(saved, complete=False)), flatten(resolve(saved | given, complete=False))
     changed = [name for name in given if asked[name] != before[name] and name not in MAY_CHANGE]
     if changed:
-        rows = [("setting", "saved", "asked"), *((name, str(before[name]), str(asked[name])) for name in changed)]
-        table = "\n".join(f"  {name:16} {old:>12} {new:>12}" for name, old, new in rows)
+        table = differing(("setting", "saved", "asked"), changed, before, asked)
         raise UserError(
             f"A run that goes on keeps its settings, or it would be another run:\n{table}",
             f"Leave them out, or train anew with --out FOLDER. What may change: {', '.join(sorted(MAY_CHANGE))}.",
@@ -344,11 +390,11 @@ def _fit_context(settled: Config, given: dict[str, Any], tokens: int) -> Config:
     return settled.model_copy(update={"model": settled.model.model_copy(update={"context_length": fitting})})
 
 
-def _events(trainer: Trainer, settled: Config, place: machine.Machine, choices: list[Choice]) -> Iterator[Event]:
+def _events(trainer: Trainer, settled: Config, place: machine.Machine, choices: list[Choice], needed: float, free: float | None) -> Iterator[Event]:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     flops = flops_per_token(settled.model, trainer.text.tokenizer.vocab_size)
     peak = machine.peak(place.device, place.dtype)
-    yield Started(str(trainer.run), trainer.position.step, settled, parameters, trainer.text.about, str(place), flops, peak, choices)
+    yield Started(str(trainer.run), trainer.position.step, settled, parameters, trainer.text.about, str(place), flops, peak, choices, needed, free)
     yield from trainer.events()
 
 

@@ -198,6 +198,19 @@ def memory_of(device: torch.device) -> float | None:
         return None
 
 
+def free_memory(device: torch.device) -> float | None:
+    """Bytes of it that can be had now; None where the system does not tell."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    limits = [memory_of(device)]
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        limits.append(1024 * float(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
+    with suppress(OSError, ValueError):  # of a container; "max" where there is none
+        limits.append(float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def has_compiler(device: torch.device) -> bool:
     """Whether torch.compile finds what it needs: Triton for a GPU, a C++ compiler that works for a CPU."""
     if device.type == "cuda":
@@ -267,7 +280,7 @@ def memory_for(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        raise UserError(f"There is not enough memory for {what}: {error}", "Lower --batch-size, --context-length, --n-embd or --n-layer.") from error
+        raise UserError(f"There is not enough memory for {what}: {error}", "Lower --context-length, --n-embd or --n-layer.") from error
 
 
 def _useful_threads(device: torch.device) -> int:

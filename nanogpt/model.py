@@ -5,7 +5,9 @@ In: token ids. Out: logits. One network in two shapes:
 `classic` is GPT-2's (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3): learned positions, LayerNorm
 before attention and before a four times wider GELU feed-forward, biases, and a head that is the embedding's own matrix.
 `modern` is Qwen3's (Yang et al. 2025, "Qwen3 Technical Report", section 2): rotary positions, RMSNorm, normalised queries and keys,
-SwiGLU, no biases, key and value heads that may be shared, and a head of its own.
+SwiGLU, no biases, key and value heads that may be shared, a head of its own, and, if asked for, a sliding window.
+
+Memory is linear in the context: fused attention keeps no probabilities, any other attends for so many queries at a time, and so do the logits.
 
 B batch, T time, C channels (n_embd), H query heads, K key and value heads, D channels per head, V vocabulary; S times that are attended to.
 """
@@ -15,23 +17,25 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanogpt.config import ModelConfig
 
-ROPE_BASE = 10_000.0  # wavelengths of the rotary positions go from 2 pi to 2 pi times this (Su et al. 2021, section 3.3)
+QUERIES = 1024  # that attend at a time where their probabilities or masks are held
+SCORES = 2**25  # logits that are held at a time
 EPSILON = 1e-6  # of RMSNorm, as in Qwen3
 
 
 class KVCache:
     """Keys and values of the tokens a model has read, so that the next token costs one step instead of a whole window.
 
-    Room for `context_length` tokens in each of `batch` rows is taken at once; `length` of them are filled.
+    Room for `context_length` tokens in each of `batch` rows is reserved at once, and taken as it fills; `length` of them are there.
     """
 
     def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype):
         shape = (config.n_layer, batch, config.n_kv_head or config.n_head, config.context_length, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, K, S, D)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k = torch.empty(shape, device=device, dtype=dtype)  # (layers, B, K, S, D)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,8 +76,8 @@ def _mix32(x: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2).
 
-    In `modern`, queries and keys are normalised and turned by their position, and `n_kv_head` heads of keys and values may serve
-    several queries each (Ainslie et al. 2023, section 2.2).
+    In `modern`, queries and keys are normalised and turned by their position, `n_kv_head` heads of keys and values may serve several queries each
+    (Ainslie et al. 2023, section 2.2), and with a window each token sees only the last so many (Beltagy et al. 2020, section 3.1).
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -86,6 +90,7 @@ class Attention(nn.Module):
         if self.modern:
             self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim, EPSILON), nn.RMSNorm(self.head_dim, EPSILON)
         self.dropout = 0.0 if self.modern else config.dropout
+        self.window = config.window if config.window is not None and config.window < config.context_length else None
         self.fused = True
 
     def is_fused(self, key: Tensor | None) -> bool:
@@ -104,25 +109,66 @@ class Attention(nn.Module):
             k, v = cache.extend(self.layer, k, v)  # (B, K, S, D)
         if self.n_kv_head < self.n_head:
             k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))  # (B, H, S, D)
-        if self.is_fused(key):
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), is_causal=mask is None and T > 1)
-        else:
-            scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3)  # (B, H, T, S)
-            seen = scores if mask is None else scores.float() + mask
-            y = dropout(seen.softmax(dim=3).type_as(scores), self.dropout, key) @ v  # (B, H, T, D)
+        at_once = T <= QUERIES or self.is_causal(T, k.shape[2], key)
+        y = self.attend(q, k, v, mask, key) if at_once else self.attend_by_blocks(q, k, v, key)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
+    def is_causal(self, T: int, S: int, key: Tensor | None) -> bool:
+        """Whether T queries and S keys need no mask: a kernel knows which come before which, or all do."""
+        return self.window is None and (T == 1 or (self.is_fused(key) and T == S))
 
-def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
-    """(T, S), to be added to scores: the last T of S tokens each see themselves (0) and what came before, and nothing after (-inf)."""
-    return torch.full((T, S), -math.inf, device=device).triu(S - T + 1)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key: Tensor | None) -> Tensor:
+        """q (B, H, T, D), k and v (B, H, S, D), mask (T, S) or None -> (B, H, T, D)."""
+        if self.is_fused(key):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), is_causal=mask is None and q.shape[2] > 1)
+        scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3)  # (B, H, T, S)
+        seen = scores if mask is None else scores.float() + mask
+        return dropout(seen.softmax(dim=3).type_as(scores), self.dropout, key) @ v
+
+    def attend_by_blocks(self, q: Tensor, k: Tensor, v: Tensor, key: Tensor | None) -> Tensor:
+        """The same for many queries, which are the last of the S tokens, some at a time: with all keys, or with a window, with those that one of them can see.
+
+        Masks and probabilities are made again in the backward pass, so that never more than those of a block are there. Blocks are of one size, and nothing
+        of them stays but in one tensor: else the allocator of a CPU leaves holes between what stays that are too small for the next block.
+        """
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, behind: int, key: Tensor | None) -> Tensor:
+            return self.attend(q, k, v, causal_mask(q.shape[2], k.shape[2], q.device, self.window, behind), key)
+
+        y, T, S = torch.empty_like(q), q.shape[2], k.shape[2]
+        rows = QUERIES if self.window is not None else max(1, QUERIES**2 // S)
+        blocks = range(0, T, rows)
+        keys = [None] * len(blocks) if key is None else _mix32(key + torch.arange(len(blocks), dtype=torch.int32, device=key.device).unsqueeze(1)).unbind()
+        for begin, own in zip(blocks, keys, strict=True):
+            block = q[:, :, begin : begin + rows]  # (B, H, rows, D)
+            end = S - T + begin + block.shape[2]
+            first, last = (0, S) if self.window is None else (max(0, end - block.shape[2] - self.window + 1), end)
+            inputs = block, k[:, :, first:last], v[:, :, first:last], last - end, own
+            y[:, :, begin : begin + rows] = checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return y
 
 
-def turns(positions: Tensor, head_dim: int) -> Tensor:
+def causal_mask(T: int, S: int, device: torch.device, window: int | None = None, behind: int = 0) -> Tensor:
+    """(T, S), to be added to scores: T tokens, which stand before the last `behind` of S, each see themselves (0) and what came before, or its last
+    `window` - 1, and nothing else (-inf)."""
+    last = S - T - behind  # that the first token sees
+    mask = torch.full((T, S), -math.inf, device=device).triu(last + 1)
+    return mask if window is None else mask + torch.full((T, S), -math.inf, device=device).tril(last - window)
+
+
+def turns(positions: Tensor, head_dim: int, base: float) -> Tensor:
     """Cosines and sines (2, T, D / 2) by which each position turns each pair of channels (Su et al. 2021, section 3.4.2)."""
     pairs = torch.arange(0, head_dim, 2, device=positions.device)
-    angles = positions[:, None] * ROPE_BASE ** (-pairs / head_dim)  # (T, D / 2)
+    angles = positions[:, None] * base ** (-pairs / head_dim)  # (T, D / 2)
     return torch.stack([angles.cos(), angles.sin()])
+
+
+def stretched_base(base: float, factor: float, head_dim: int) -> float:
+    """The base with which a model of rotary positions can look back `factor` times as far ("NTK-aware", Peng et al. 2023, definition 1).
+
+    The slowest pair of channels turns `factor` times as slowly, and so stays within the angles it has learned; the fastest turns as before.
+    """
+    return base * factor ** (head_dim / max(1, head_dim - 2))
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
@@ -196,6 +242,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
+        self.checkpoints = False
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         if config.arch == "classic":
             self.wpe = nn.Embedding(config.context_length, config.n_embd)
@@ -241,21 +288,28 @@ class GPT(nn.Module):
             if isinstance(module, Attention):
                 module.fused = yes
 
+    def checkpoint_activations(self, yes: bool) -> None:
+        """Whether a training step keeps only what goes into each block, and computes the rest again in the backward pass (Chen et al. 2016, section 3);
+        the function is the same, and so are its gradients."""
+        self.checkpoints = yes
+
     def trunk(self, idx: Tensor, keys: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """idx (B, T) -> the stream after the last normalisation, (B, T, C). With a cache, idx continues what it holds."""
         start, T = cache.length if cache is not None else 0, idx.shape[1]
         assert start + T <= self.config.context_length, "more tokens than the context holds"
         positions = torch.arange(start, start + T, device=idx.device)
-        needs_mask = T > 1 and (start > 0 or not all(part.is_fused(keys) for part in self.modules() if isinstance(part, Attention)))
-        mask = causal_mask(T, start + T, idx.device) if needs_mask else None
+        attentions = [part for part in self.modules() if isinstance(part, Attention)]
+        needs_mask = T <= QUERIES and not all(part.is_causal(T, start + T, keys) for part in attentions)
+        mask = causal_mask(T, start + T, idx.device, attentions[0].window) if needs_mask else None
         on_embedding, *places = [None] * (len(self.blocks) + 1) if keys is None else dropout_keys(keys, len(self.blocks) + 1)  # of (3, B) each
         x, turn = self.wte(idx), None  # (B, T, C)
         if self.config.arch == "classic":
             x = dropout(x + self.wpe(positions), self.config.dropout, None if on_embedding is None else on_embedding[0])
         else:
-            x, turn = F.rms_norm(x, x.shape[2:], eps=EPSILON), turns(positions, self.config.n_embd // self.config.n_head)
+            x, turn = F.rms_norm(x, x.shape[2:], eps=EPSILON), turns(positions, self.config.n_embd // self.config.n_head, self.config.rope_base)
         for block, place in zip(self.blocks, places, strict=True):
-            x = block(x, turn, mask, place, cache)
+            inputs = x, turn, mask, place, cache
+            x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if self.checkpoints else block(*inputs)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
@@ -274,4 +328,20 @@ class GPT(nn.Module):
 
     def nats(self, idx: Tensor, targets: Tensor, keys: Tensor | None = None) -> Tensor:
         """The summed cross-entropy, in nats, of targets (B, T) after idx (B, T): a sum, so that parts can be added before dividing."""
-        return F.cross_entropy(self(idx, keys).flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        return torch.stack(self._cross_entropies(self.trunk(idx, keys), targets, "sum")).sum()
+
+    def nats_of_each(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """The cross-entropy, in nats, of each of the targets (B, T) after idx (B, T): (B, T) float32."""
+        return torch.cat(self._cross_entropies(self.trunk(idx), targets, "none")).view(targets.shape)
+
+    def _cross_entropies(self, x: Tensor, targets: Tensor, reduction: str) -> list[Tensor]:
+        """Those of the stream x (B, T, C), in pieces: where the logits are many, only some at a time are there, and again in the backward pass."""
+
+        def of(x: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(self.logits(x).float(), targets, reduction=reduction)  # () or (N,)
+
+        x, targets, rows = x.flatten(0, 1), targets.flatten(), max(1, SCORES // self.vocab_size)  # (N, C), (N,)
+        if len(x) <= rows:
+            return [of(x, targets)]
+        pieces = zip(x.split(rows), targets.split(rows), strict=True)
+        return [checkpoint(of, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]

@@ -11,9 +11,10 @@ from typing import Any
 
 from nanogpt.config import MachineConfig, ModelConfig, TrainingConfig
 from nanogpt.errors import UserError
-from nanogpt.model import swiglu_width
+from nanogpt.model import QUERIES, SCORES, swiglu_width
 
 SHARE = 0.4  # of its peak that a machine is taken to reach in training: 0.46 was had with PaLM (Chowdhery et al. 2022, section 4.1), small models get less
+PRECISION = 1.2  # the estimate of memory is good to a fifth
 NETWORK = 12.5e9  # bytes/s into and out of each node: 100-gigabit Ethernet
 TOKENS_PER_PARAMETER = 20  # of the best model for its arithmetic (Hoffmann et al. 2022, table 3)
 FRESH_EPOCHS, USEFUL_EPOCHS = (
@@ -57,6 +58,8 @@ class Plan:
     parameters: dict[str, int]
     memory: dict[str, float]
     tokens_per_step: int
+    micro_batch_size: int  # windows that a device computes at once
+    checkpoint_activations: bool
     steps: int
     flops_per_token: float
     where: str
@@ -109,15 +112,16 @@ def body_parameters(model: ModelConfig) -> int:
 
 def flops_per_token(model: ModelConfig, vocab_size: int) -> float:
     """Floating-point operations to learn from a token: 6 for each parameter it is multiplied with, 2 forward and 4 backward, and 12 n_layer context n_embd
-    for attention, counted as if it were not causal (Chowdhery et al. 2022, appendix B)."""
-    C = model.n_embd
-    return 6 * (body_parameters(model) + vocab_size * C) + 12 * model.n_layer * model.context_length * C
+    for attention, counted as if it were not causal (Chowdhery et al. 2022, appendix B); no token attends to more than a window."""
+    C, seen = model.n_embd, min(model.context_length, model.window or model.context_length)
+    return 6 * (body_parameters(model) + vocab_size * C) + 12 * model.n_layer * seen * C
 
 
 def memory(model: ModelConfig, training: TrainingConfig, vocab_size: int, rows: int, *, half: bool, fused: bool) -> dict[str, float]:
-    """Bytes that a training step of `rows` windows needs at its height, by part, without a compiler, which needs less.
+    """Bytes that a training step needs at its height, with `rows` windows computed at once, by part, without a compiler, which needs less.
 
-    `half`: products are in 16 bits. Activations are what the backward pass needs of each layer, counted as in Korthikanti et al. 2022, section 4.1.
+    `half`: products are in 16 bits. Activations are what the backward pass needs of each layer, counted as in Korthikanti et al. 2022, section 4.1;
+    with checkpoints, what goes into each layer, and the rest of one.
     """
     counts = parameters(model, vocab_size)
     total, C, L, T, V = sum(counts.values()), model.n_embd, model.n_layer, model.context_length, vocab_size
@@ -135,16 +139,42 @@ def memory(model: ModelConfig, training: TrainingConfig, vocab_size: int, rows: 
     else:
         attention = stream + b * 6 * C + dropped
         feed_forward = stream + b * 9 * C + dropped
-    drops_attention = model.arch == "classic" and dropped > 0
+    drops_attention, block = model.arch == "classic" and dropped > 0, 0
     if not fused or drops_attention:
-        attention += model.n_head * T * (4 + b + drops_attention)
+        if T <= QUERIES:
+            attention += model.n_head * T * (4 + b + drops_attention)
+        else:  # those of one block of queries, and their gradients
+            block = rows * model.n_head * QUERIES * (QUERIES + (model.window or 0)) * (8 + 2 * b + drops_attention)
+    layers = L * stream + attention + feed_forward if training.checkpoint_activations else L * (attention + feed_forward)
     return {
         "weights": 4 * total + (2 * matrices if half else 0),
         "gradients": 4 * total,
         "optimizer": 4 * moments,
-        "activations": tokens * (L * (attention + feed_forward) + 2 * stream),
-        "logits": tokens * V * (8 + (b if half else 0)),
+        "activations": tokens * (layers + 2 * stream) + block,
+        "logits": min(tokens, max(1, SCORES // V)) * V * (8 + (b if half else 0)),
+        "batch": 2 * 16 * training.batch_size * T,  # two of them: the next is fetched meanwhile
     }
+
+
+def fit(
+    model: ModelConfig, training: TrainingConfig, vocab_size: int, rows: int, room: float | None, *, half: bool, fused: bool
+) -> tuple[TrainingConfig, dict[str, float]]:
+    """Choose `micro_batch_size` and `checkpoint_activations`, where they are open, such that a step of `rows` windows fits into `room` bytes; and its memory.
+
+    The windows computed at once are halved down to one; where not one fits, activations are checkpointed, and again as many as fit are computed at once.
+    Where nothing fits, it is what takes least; without a `room`, all at once.
+    """
+    sizes = [min(rows, training.micro_batch_size or rows)]
+    while training.micro_batch_size is None and sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    ways = (False, True) if training.checkpoint_activations is None else (training.checkpoint_activations,)
+    for way in ways:
+        for size in sizes:
+            chosen = training.model_copy(update={"micro_batch_size": size, "checkpoint_activations": way})
+            needed = memory(model, chosen, vocab_size, size, half=half, fused=fused)
+            if room is None or PRECISION * sum(needed.values()) <= room:
+                return chosen, needed
+    return chosen, needed
 
 
 def plan(
@@ -176,10 +206,13 @@ def plan(
     step = rows * model.context_length * per_token / (SHARE * peak) + exchange
     steps = training.steps if training.steps is not None else max(1, int(60 * (training.minutes or 0) / step))
     tokens = training.batch_size * model.context_length
+    fitting, needed = fit(model, training, vocab_size, rows, room, half=how.dtype != "float32", fused=how.attention != "plain")
     return Plan(
         parameters=parameters(model, vocab_size),
-        memory=memory(model, training, vocab_size, rows, half=how.dtype != "float32", fused=how.attention != "plain"),
+        memory=needed,
         tokens_per_step=tokens,
+        micro_batch_size=fitting.micro_batch_size or rows,
+        checkpoint_activations=bool(fitting.checkpoint_activations),
         steps=steps,
         flops_per_token=per_token,
         where=where,

@@ -10,7 +10,9 @@ they fit into a tenth, or the last tenth of all, where no such choice comes near
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +22,7 @@ import numpy as np
 from nanogpt.config import TextConfig
 from nanogpt.corpus import CHUNK, Document, expand, findable
 from nanogpt.data import open_tokens, token_dtype
-from nanogpt.errors import UserError
+from nanogpt.errors import Notice, UserError
 from nanogpt.evaluate import ngram_losses
 from nanogpt.files import cache_dir, discard, replacing, require_space, sweep
 from nanogpt.tokenizer import Tokenizer, train_tokenizer
@@ -44,18 +46,21 @@ class Prepared:
     about: dict[str, Any]
 
 
-def prepare(sources: Sequence[str], settings: TextConfig) -> Prepared:
-    """Make the tokens of a text, or reuse the cached ones.
+def prepare(sources: Sequence[str], settings: TextConfig, tokenizer: Tokenizer | None = None) -> Prepared:
+    """Make the tokens of a text, or reuse the cached ones; those of a given `tokenizer`, or of one that is made from the text. Says what a given one lacks.
 
     Errors: `UserError` when a source is not there or not text, when the text is too short, or when the disk is full.
     """
     documents, validation = expand(sources, settings.encoding), expand([settings.val] if settings.val else [], settings.encoding)
     scan = _Scan(documents)
-    tokenizer = train_tokenizer(settings.tokenizer, scan)
+    if tokenizer is None:
+        tokenizer = train_tokenizer(settings.tokenizer, scan, settings.vocab_size)
+    else:
+        _note_unknown(scan, tokenizer)
     held_out = _Scan(validation)
     for _ in held_out:
         pass
-    key = [VERSION, scan.fingerprint, settings.val and held_out.fingerprint, settings.tokenizer, settings.val_bytes]
+    key = [VERSION, scan.fingerprint, settings.val and held_out.fingerprint, tokenizer.to_json(), settings.val_bytes]
     folder = cache_dir() / "tokens" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
     try:
         prepared = open_prepared(folder)
@@ -106,6 +111,20 @@ class _Scan:
         self.fingerprint = digest.hexdigest()
 
 
+def _note_unknown(chunks: Iterable[str], tokenizer: Tokenizer) -> None:
+    """Read a text, and warn of the characters that a tokenizer has no token for."""
+    counts: Counter[str] = Counter()
+    for chunk in chunks:
+        counts.update(chunk)
+    unknown = {letter: counts[letter] for _, letter in tokenizer.unknown("".join(sorted(counts)))}
+    if unknown:
+        most = ", ".join(f"{letter!r} {count:,} times" for letter, count in Counter(unknown).most_common(5))
+        warnings.warn(
+            f"The model has no token for {len(unknown)} of the {len(counts)} different characters of the text, which are {sum(unknown.values()):,} of its "
+            f"{sum(counts.values()):,} characters ({most}{', …' if len(unknown) > 5 else ''}): they are spelled by their bytes.", Notice, stacklevel=3
+        )  # fmt: skip
+
+
 def _write(folder: Path, scan: _Scan, held_out: _Scan, tokenizer: Tokenizer, val_bytes: int) -> None:
     """The second reading: token files, tokenizer and about.json, into a folder that exists."""
     total = sum(scan.sizes)
@@ -120,7 +139,7 @@ def _write(folder: Path, scan: _Scan, held_out: _Scan, tokenizer: Tokenizer, val
     dtype, done = token_dtype(tokenizer.vocab_size), 0
     with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
         for i, document in enumerate(scan.documents):
-            files = [val] if i in chosen or cut <= done else [train, val]
+            files = [val] if i in chosen or cut <= done else [train] if done + scan.sizes[i] <= cut else [train, val]
             _encode(document, tokenizer, dtype, files, cut - done, ends=len(scan.documents) > 1)
             done += scan.sizes[i]
         for document in held_out.documents:
@@ -155,19 +174,23 @@ def _choose(scan: _Scan, room: int) -> set[int]:
 
 
 def _encode(document: Document, tokenizer: Tokenizer, dtype: np.dtype, files: Sequence[BinaryIO], cut: int, ends: bool) -> None:
-    """Write a document's tokens to the first file; what comes after `cut` bytes of it to the second, if there is one; then the token that ends a document."""
-    file, *rest = files
+    """Write a document's tokens to the file; to two of them, what comes before and after `cut` bytes of it; then the token that ends a document."""
+    for part, file in enumerate(files):
+        for tokens in tokenizer.encode_chunks(_part(document, cut, part) if len(files) > 1 else document.chunks()):
+            file.write(tokens.astype(dtype).tobytes())
+    if ends:
+        files[-1].write(np.array([tokenizer.end], dtype).tobytes())
+
+
+def _part(document: Document, cut: int, part: int) -> Iterator[str]:
+    """The text before (part 0) or after (part 1) so many bytes of a document."""
     for chunk in document.chunks():
         utf8 = chunk.encode()
-        if rest and len(utf8) > cut:
-            while cut < len(utf8) and utf8[cut] & 0xC0 == 0x80:  # within a character, which stays whole
-                cut += 1
-            file.write(tokenizer.encode_array(utf8[:cut].decode()).astype(dtype).tobytes())
-            chunk, file, rest = utf8[cut:].decode(), rest[0], []
-        file.write(tokenizer.encode_array(chunk).astype(dtype).tobytes())
+        at = min(max(cut, 0), len(utf8))
+        while at < len(utf8) and utf8[at] & 0xC0 == 0x80:  # within a character, which stays whole
+            at += 1
+        yield (utf8[at:] if part else utf8[:at]).decode()
         cut -= len(utf8)
-    if ends:
-        file.write(np.array([tokenizer.end], dtype).tobytes())
 
 
 def _count(path: Path, vocab_size: int) -> np.ndarray:

@@ -10,7 +10,8 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from nanogpt.config import Config
-from nanogpt.evaluate import Loss, Verdict
+from nanogpt.evaluate import Loss, PositionLoss, Verdict
 from nanogpt.files import disk_full, write_text
 from nanogpt.plan import SHARE, Plan, rounded
 
@@ -40,6 +41,19 @@ class Started:
     flops_per_token: float
     peak: float  # FLOP/s
     choices: list[Any]
+    memory: float  # bytes that a step is estimated to take,
+    free_memory: float | None  # and that are free, where the system tells
+
+
+@dataclass(frozen=True)
+class Began:
+    """The loss of the earlier model that a run begins from, over `val_tokens` tokens, before its first step."""
+
+    step: int
+    val_loss: float
+    bits_per_byte: float
+    val_tokens: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -113,9 +127,10 @@ class Finished:
     baselines: dict[str, float]
     verdict: Verdict
     seconds: float
+    before: float | None  # nats per token of the earlier model that the run began from, if it did
 
 
-Event = Started | Stepped | Evaluated | Sampled | Saving | Saved | Stopping | Interrupted | Finished
+Event = Started | Began | Stepped | Evaluated | Sampled | Saving | Saved | Stopping | Interrupted | Finished
 
 
 @dataclass(frozen=True)
@@ -148,7 +163,7 @@ class RunLog:
         if isinstance(event, Started):
             for path in (self.metrics, self.samples):
                 _cut(path, event.step)
-        elif isinstance(event, Stepped | Evaluated):
+        elif isinstance(event, Began | Stepped | Evaluated):
             _append(self.metrics, event)
         elif isinstance(event, Sampled):
             _append(self.samples, event)
@@ -158,7 +173,7 @@ class RunLog:
                     os.fsync(file.fileno())
 
 
-def _append(path: Path, event: Stepped | Evaluated | Sampled) -> None:
+def _append(path: Path, event: Began | Stepped | Evaluated | Sampled) -> None:
     try:
         with path.open("a", encoding="utf-8", newline="") as file:
             file.write(json.dumps(asdict(event), ensure_ascii=False) + "\n")
@@ -204,6 +219,8 @@ class Terminal:
                 self.started(event)
             case Stopping():  # at once, and safe inside a signal's handler
                 os.write(2, b"\nStopping after this step, and saving. (Once more: stop now, without saving.)\n")
+            case Began():
+                self.console.print(f"Before step 1: {event.val_loss:.4f} ({event.bits_per_byte:.4f}) on {event.val_tokens:,} tokens of the validation split.\n")
             case Stepped():
                 self.stepped(event)
             case Evaluated():
@@ -226,13 +243,18 @@ class Terminal:
         self.flops_per_token, self.peak = event.flops_per_token, event.peak
         self.last_line = time.perf_counter()
         size = text["train_bytes"] + text["val_bytes"]
+        tokens = {"char": "chars", "byte": "bytes"}.get(event.config.text.tokenizer) or f"tokens ({os.path.basename(event.config.text.tokenizer)})"
+        if "init_from" in text:  # and so are they
+            tokens = "tokens"
         names = ", ".join(os.path.basename(source) for source in text["sources"][:3])
         rows = {
-            "Text": f"{names}: {size:,} bytes, {text['symbols']} different {event.config.text.tokenizer}s; {text['split']}",
+            "Text": f"{names}: {size:,} bytes, {text['symbols']:,} different {tokens}; {text['split']}",
             "Model": f"{event.parameters / 1e6:.2f} M parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
             f"context {model.context_length}, dropout {model.dropout:g}",
             "Machine": f"{event.machine}, {event.config.machine.attention} attention, {'compiled' if event.config.machine.compile else 'not compiled'}",
-            "Run": event.run + (f", going on after step {event.step:,}" if event.step else ""),
+            "Memory": f"about {rounded(event.memory / 1e9)} GB for a step, {event.config.training.micro_batch_size} windows at a time"
+            + (f"; {rounded(event.free_memory / 1e9)} GB are free" if event.free_memory else ""),
+            "Run": event.run + (f", going on after step {event.step:,}" if event.step else f", from {text['init_from']}" if "init_from" in text else ""),
         }
         for name, value in rows.items():
             self.console.print(f"{name:8}", style="bold", end=" ")
@@ -284,7 +306,8 @@ class Terminal:
 
     def finished(self, event: Finished) -> None:
         """Place the model among the baselines, and give the verdict."""
-        self.console.print(loss_table(event.loss, event.baselines, f"this model (step {event.best_step:,})"))
+        before = {} if event.before is None else {"the model it began from": event.before}
+        self.console.print(loss_table(event.loss, event.baselines, f"this model (step {event.best_step:,})", before))
         self.console.print(f"\n{event.verdict.sentence}\n")
         self.console.print(f"{event.step:,} steps in {duration(event.seconds)}. Let it write: nanogpt sample {shlex.quote(self.run)}")
 
@@ -294,15 +317,17 @@ class Terminal:
             self.progress.stop()
 
 
-def loss_table(loss: Loss, baselines: dict[str, float], name: str) -> Table:
-    """The model among the n-gram baselines, best last."""
-    table = Table("", "nats per token", "bits per byte", box=None, pad_edge=False)
+def loss_table(loss: Loss, baselines: dict[str, float], name: str, others: dict[str, float] | None = None) -> Table:
+    """The model among the n-gram baselines, and others by name, best last."""
+    table = Table("", "nats per token", "bits per byte", *["perplexity per word"] * bool(loss.words), box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
-    scale = loss.bits_per_byte / loss.val_loss
-    rows = {f"{key} baseline": value for key, value in baselines.items()} | {name: loss.val_loss}
+    rows = {f"{key} baseline": value for key, value in baselines.items()} | (others or {}) | {name: loss.val_loss}
     for label, value in sorted(rows.items(), key=lambda row: -row[1]):
-        table.add_row(label, f"{value:.4f}", f"{value * scale:.4f}", style="bold" if label == name else "")
+        of_all = replace(loss, nats=value * loss.tokens)
+        perplexity = f"{of_all.word_perplexity:,.0f}" if of_all.word_perplexity < 1e7 else f"{of_all.word_perplexity:.3e}"
+        cells = [f"{value:.4f}", f"{of_all.bits_per_byte:.4f}", perplexity]
+        table.add_row(label, *cells[: len(table.columns) - 1], style="bold" if label == name else "")
     counted = " Baselines are counted on the training split (Witten-Bell smoothing)." if baselines else ""
     table.caption = f"On {loss.tokens:,} tokens.{counted}"
     table.caption_justify = "left"
@@ -317,6 +342,18 @@ def show_evaluation(loss: Loss, baselines: dict[str, float], judged: Verdict | N
         console.print(f"\n{printable(judged.sentence)}")
 
 
+def show_by_position(buckets: Sequence[PositionLoss]) -> None:
+    """Print the loss by the position of a token in its context."""
+    table = Table("position in the context", "nats per token", "tokens", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for bucket in buckets:
+        table.add_row(f"{bucket.first:,} to {bucket.last:,}", f"{bucket.nats_per_token:.4f}", f"{bucket.tokens:,}")
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print()
+    console.print(table)
+
+
 def show_plan(plan: Plan) -> None:
     """Print what a run would take."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -324,7 +361,9 @@ def show_plan(plan: Plan) -> None:
     console.print(f"Parameters  {total / 1e6:,.2f} M: " + ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items()))
     console.print(f"Memory      {needed / 1e9:,.2f} GB: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.memory.items()))
     if plan.device_memory is not None and needed > plan.device_memory:
-        console.print(f"            More than the {plan.device_memory / 1e9:.0f} GB that are there: lower --batch-size, or use more devices.")
+        console.print(f"            More than the {plan.device_memory / 1e9:.0f} GB that are there: lower --context-length, --n-embd or --n-layer.")
+    again = ", inner activations computed again instead of kept" if plan.checkpoint_activations else ""
+    console.print(f"            with {plan.micro_batch_size} windows at a time{again}")
     tokens = plan.steps * plan.tokens_per_step
     arithmetic = f"{plan.flops_per_token / 1e6:,.1f} MFLOP a token, {plan.flops_per_token * tokens:.3g} FLOP for {tokens:,} tokens"
     console.print(f"Arithmetic  {arithmetic} in {plan.steps:,} steps")

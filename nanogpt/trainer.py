@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from nanogpt import checkpoint, data, generate, machine
-from nanogpt.config import Config, SamplingConfig, TrainingConfig
+from nanogpt.config import Config, SamplingConfig, TrainingConfig, read_toml, resolve, to_toml
 from nanogpt.errors import Notice, UserError
 from nanogpt.evaluate import Loss, Point, evaluate, verdict
+from nanogpt.files import write_text
 from nanogpt.machine import Machine, memory_for
 from nanogpt.model import GPT
 from nanogpt.optim import Optimizer, schedule
+from nanogpt.plan import PRECISION, fit
 from nanogpt.prepare import Prepared
-from nanogpt.report import Evaluated, Event, Finished, Interrupted, Sampled, Saved, Saving, Stepped
+from nanogpt.report import Began, Evaluated, Event, Finished, Interrupted, Sampled, Saved, Saving, Stepped
 
 SAVE_SECONDS = 300.0  # at most so long between two saves, also where evaluations are further apart
 LONGEST_WARMUP = 0.1  # of the run: a shorter run than the settings had in mind is not to end before its rate has risen
@@ -45,6 +47,7 @@ class Position:
     expected_steps: float = 0.0  # that the run was taken to have when it began: all of them, or as many as seemed to fit into its time
     nats: float = 0.0  # training loss since the last evaluation, as a sum
     tokens: int = 0  # and a count
+    before: float | None = None  # validation loss of the earlier model that the run began from, if it did
     val_tokens: int | None = None  # that an evaluation during the run takes, None for all: always the same, or "best" would mean nothing
     history: list[Point] = field(default_factory=list)
 
@@ -59,12 +62,31 @@ class Position:
         return min(self.history, key=lambda point: point.val_loss, default=None)
 
 
+def fitted(settled: Config, vocab_size: int, place: Machine) -> tuple[Config, float, float | None]:
+    """The settings, with as many windows computed at once as memory suffices for; the bytes that a step will take, and those that are free.
+
+    Errors: `UserError` where not even one fits by far: a system may kill the process, and others, without a word.
+    """
+    free, half, fused = machine.free_memory(place.device), place.dtype != torch.float32, place.attention == "fused"
+    training, parts = fit(settled.model, settled.training, vocab_size, settled.training.batch_size, free, half=half, fused=fused)
+    needed, rows = sum(parts.values()), training.micro_batch_size
+    if free is not None and needed > PRECISION * free:
+        lower = "--micro-batch-size" if rows != 1 else "--batch-size" if parts["batch"] > needed / 2 else "--context-length, --n-embd or --n-layer"
+        raise UserError(
+            f"There is not enough memory to train this model, even with {'one window' if rows == 1 else f'{rows:,} windows'} of "
+            f"{settled.model.context_length:,} tokens at a time: it takes about {needed / 1e9:,.2g} GB, and {free / 1e9:,.2g} GB are free.",
+            f"Lower {lower}; `nanogpt plan` tells what each would take.",
+        )
+    return settled.model_copy(update={"training": training}), needed, free
+
+
 def build(settled: Config, vocab_size: int, place: Machine) -> tuple[GPT, Optimizer]:
     """A model with its initial weights, which are the same on every device, and its optimiser."""
     model = checkpoint.empty_model(settled.model, vocab_size, "cpu")
     model.init_weights(torch.Generator().manual_seed(settled.training.seed))
     model.to(place.device)
     model.fuse_attention(place.attention == "fused")
+    model.checkpoint_activations(bool(settled.training.checkpoint_activations))
     return model, Optimizer(model, settled.training, model.matrices(), place.dtype)
 
 
@@ -89,13 +111,16 @@ class Trainer:
         Errors: `UserError` when the loss is not a number, or memory or the disk is full; the last save stays.
         """
         settings, position = self.settings, self.position
+        smallest = f"one window of {self.model.config.context_length:,} tokens at a time"
         done = position.step > 0 and (position.step >= (settings.steps or math.inf) or self.out_of_patience())
         if not done:
-            with memory_for(f"a step of {settings.batch_size} windows of {self.model.config.context_length} tokens"):
+            with memory_for(smallest):
                 self.get_ready()
             done = position.step > 0 and self.over()
+        if "init_from" in self.text.about and position.before is None:
+            yield self.measure_first()
         while not done:
-            with memory_for(f"a step of {settings.batch_size} windows of {self.model.config.context_length} tokens"):
+            with memory_for(smallest):
                 stepped = self.step()
             yield stepped
             over = self.over()
@@ -164,13 +189,45 @@ class Trainer:
     def try_step(self) -> float:
         """Forward and backward, without moving the weights; the seconds that takes."""
         begin = time.perf_counter()
-        x, y, keys = self.upcoming
-        with self.machine.autocast():
-            nats = self.nats(x, y, keys)
-        nats.backward()
-        nats.item()  # a GPU has done it only then
+        self.gradients().item()  # a GPU has done it only then
         self.model.zero_grad(set_to_none=True)
         return time.perf_counter() - begin
+
+    def gradients(self) -> Tensor:
+        """Add up the gradients of the upcoming batch's mean loss, in parts of `micro_batch_size` windows, smaller where memory runs out; its summed nats ()."""
+        while True:
+            try:
+                return self.accumulate()
+            except RuntimeError as error:
+                if not machine.out_of_memory(error) or not self.shrink():
+                    raise
+
+    def accumulate(self) -> Tensor:
+        """The same, without a second try. Each row has its own dropout key, so that the parts make no difference but by rounding."""
+        count, rows = self.upcoming[1].numel(), self.settings.micro_batch_size or self.settings.batch_size
+        summed = torch.zeros((), device=self.machine.device)
+        for x, y, keys in zip(*(tensor.split(rows) for tensor in self.upcoming), strict=True):  # (b, T), (b, T), (b,)
+            with self.machine.autocast():
+                nats = self.nats(x, y, keys)
+            (nats / count).backward()
+            summed = summed + nats.detach()
+        return summed
+
+    def shrink(self) -> bool:
+        """Take half the windows at once, or at one window keep fewer activations, and write that to config.toml, so that resuming repeats it; False where
+        there is nothing left to do."""
+        rows = min(self.settings.micro_batch_size or self.settings.batch_size, self.settings.batch_size)
+        if rows == 1 and self.settings.checkpoint_activations:
+            return False
+        smaller = {"micro_batch_size": -(-rows // 2)} if rows > 1 else {"checkpoint_activations": True}
+        self.settings = self.settings.model_copy(update=smaller)
+        self.model.checkpoint_activations(bool(self.settings.checkpoint_activations))
+        self.model.zero_grad(set_to_none=True)
+        if (path := self.run / "config.toml").exists():
+            write_text(path, to_toml(resolve(read_toml(path) | smaller)))
+        said = f"{rows} windows at a time took more memory than there is: {-(-rows // 2)} now" if rows > 1 else "Memory ran out: fewer activations are kept now"
+        warnings.warn(f"{said}; a step has as many tokens as before.", Notice, stacklevel=2)
+        return True
 
     def finishing_seconds(self) -> float:
         """How long the last evaluation, sample and save will take, with some room, by trying a part of each."""
@@ -209,26 +266,24 @@ class Trainer:
         """One update of the weights, on the batch that belongs to this step. A GPU is asked for its numbers only when it has all its work."""
         begin = time.perf_counter()
         settings, position = self.settings, self.position
-        x, y, keys = self.upcoming  # (B, T), (B, T), (B,)
+        count = self.upcoming[1].numel()
         progress, middle = self.progress(1.0), self.progress(0.5)
-        with self.machine.autocast():
-            nats = self.nats(x, y, keys)
-        (nats / y.numel()).backward()
+        nats = self.gradients()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip or math.inf)
         share = schedule(middle, self.warmup(), settings.cooldown)
         self.optimizer.step(share)
         self.upcoming = self.batch(position.step + 1)
-        summed, norm = torch.stack([nats.detach(), grad_norm]).tolist()
-        loss, rate = summed / y.numel(), share * settings.learning_rate
+        summed, norm = torch.stack([nats, grad_norm]).tolist()
+        loss, rate = summed / count, share * settings.learning_rate
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_a_number(loss, rate, norm)
         position.step += 1
         position.nats += summed
-        position.tokens += y.numel()
+        position.tokens += count
         seconds = time.perf_counter() - begin
         self.step_seconds = 0.8 * self.step_seconds + 0.2 * seconds if self.step_seconds else seconds
         position.seconds = self.elapsed()
-        return Stepped(position.step, progress, loss, rate, norm, y.numel(), y.numel() / seconds, position.seconds)
+        return Stepped(position.step, progress, loss, rate, norm, count, count / seconds, position.seconds)
 
     def warmup(self) -> float:
         """The share of the run in which the learning rate rises."""
@@ -248,6 +303,12 @@ class Trainer:
             checkpoint.save_model(self.run / "model.safetensors", self.model, self.text.tokenizer, self.summary(loss))
         position.seconds = self.elapsed()
         return Evaluated(point.step, point.train_loss, loss.val_loss, loss.bits_per_byte, loss.tokens, best, position.seconds)
+
+    def measure_first(self) -> Began:
+        """The validation loss before the first step, on the tokens of the evaluations to come."""
+        loss = self.validation_loss(self.model, self.position.val_tokens)
+        self.position.before, self.position.seconds = loss.val_loss, self.elapsed()
+        return Began(0, loss.val_loss, loss.bits_per_byte, loss.tokens, self.position.seconds)
 
     def sample(self, count: int = SAMPLE.max_tokens) -> Sampled:
         """A few words of the model as it is now, always from the same random numbers."""
@@ -269,13 +330,13 @@ class Trainer:
         """Measure the best model, which is the one that stays, on the whole split, and write the result into its file."""
         kept = checkpoint.load(self.run, self.machine.device)
         if self.position.val_tokens is None and "val_nats" in kept.summary:  # then it was measured on all of it when it was kept
-            loss = Loss(kept.summary["val_nats"], kept.summary["val_tokens"], kept.summary["val_bytes"])
+            loss = Loss(kept.summary["val_nats"], kept.summary["val_tokens"], kept.summary["val_bytes"], kept.summary.get("val_words", 0))
         else:
             loss = self.validation_loss(kept.model, None)
         judged = verdict(self.position.history, self.text.about["baselines"], loss.val_loss, self.settings.minutes)
         summary = kept.summary | self.summary(loss) | {"step": kept.summary["step"], "verdict": judged.asdict(), "finished": self.position.step}
         checkpoint.save_model(self.run / "model.safetensors", kept.model, self.text.tokenizer, summary)
-        return Finished(self.position.step, kept.summary["step"], loss, self.text.about["baselines"], judged, self.position.seconds)
+        return Finished(self.position.step, kept.summary["step"], loss, self.text.about["baselines"], judged, self.position.seconds, self.position.before)
 
     def summary(self, loss: Loss | None) -> dict[str, Any]:
         """What a model file tells of its training, besides weights, settings and tokenizer; without a loss, before the first evaluation, less."""
@@ -283,7 +344,7 @@ class Trainer:
         summary = {"step": self.position.step, "text": about["fingerprint"], "baselines": about["baselines"], "unused": about["unused"]}
         if loss is not None:
             summary |= {"val_loss": loss.val_loss, "bits_per_byte": loss.bits_per_byte}
-            summary |= {"val_nats": loss.nats, "val_tokens": loss.tokens, "val_bytes": loss.bytes}
+            summary |= {"val_nats": loss.nats, "val_tokens": loss.tokens, "val_bytes": loss.bytes, "val_words": loss.words}
             minutes = self.settings.minutes and self.settings.minutes * self.progress(0.0)
             summary["verdict"] = verdict(self.position.history, about["baselines"], minutes=minutes).asdict()
         return summary
@@ -291,7 +352,8 @@ class Trainer:
     def validation_loss(self, model: GPT, limit: int | None) -> Loss:
         """The loss of a model on the validation split, or on `limit` tokens of it."""
         with machine.eager():
-            return evaluate(model, self.text.val, self.text.about["val_bytes"], self.machine, limit=limit)
+            about = self.text.about
+            return evaluate(model, self.text.val, about["val_bytes"], self.machine, limit=limit, n_words=about.get("val_words", 0))
 
     def limit(self) -> int | None:
         """How many validation tokens an evaluation during the run may take, None for all; an update costs three forward passes."""

@@ -11,18 +11,21 @@ import nanogpt
 from nanogpt import cli
 
 SURFACE = {
-    "train": "--arch --attention --batch-size --compile --config --context-length --cooldown --deterministic --device --dropout --dtype --encoding "
-    "--eval-every --grad-clip --learning-rate --matrix-learning-rate --minutes --n-embd --n-head --n-kv-head --n-layer --no-compile --optimizer --out "
-    "--overwrite --patience --preset --resume --seed --steps --threads --tokenizer --val --val-bytes --warmup-steps --weight-decay",
-    "plan": "--arch --attention --batch-size --compile --context-length --cooldown --deterministic --device --dropout --dtype --encoding --eval-every "
-    "--gpu --gpus-per-node --grad-clip --json --learning-rate --matrix-learning-rate --minutes --n-embd --n-head --n-kv-head --n-layer --no-compile --nodes "
-    "--optimizer --patience --seed --steps --text-bytes --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay",
-    "bench": "--arch --attention --batch-size --compile --context-length --cooldown --deterministic --device --dropout --dtype --encoding --eval-every "
-    "--grad-clip --json --learning-rate --matrix-learning-rate --minutes --n-embd --n-head --n-kv-head --n-layer --no-compile --optimizer "
-    "--patience --seed --steps --threads --tokenizer --val --val-bytes --warmup-steps --weight-decay",
+    "train": "--arch --attention --batch-size --checkpoint-activations --compile --config --context-length --cooldown --deterministic --device --dropout "
+    "--dtype --encoding --eval-every --grad-clip --init-from --learning-rate --matrix-learning-rate --micro-batch-size --minutes --n-embd "
+    "--n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --optimizer --out --overwrite --patience --preset --resume "
+    "--rope-base --seed --steps --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay --window",
+    "plan": "--arch --attention --batch-size --checkpoint-activations --compile --context-length --cooldown --deterministic --device --dropout --dtype "
+    "--encoding --eval-every --gpu --gpus-per-node --grad-clip --json --learning-rate --matrix-learning-rate --micro-batch-size --minutes "
+    "--n-embd --n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --nodes --optimizer --patience --preset --rope-base --seed "
+    "--steps --text-bytes --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay --window",
+    "bench": "--arch --attention --batch-size --checkpoint-activations --compile --context-length --cooldown --deterministic --device --dropout --dtype "
+    "--encoding --eval-every --grad-clip --json --learning-rate --matrix-learning-rate --micro-batch-size --minutes --n-embd --n-head --n-kv-head "
+    "--n-layer --no-checkpoint-activations --no-compile --optimizer --patience --rope-base --seed --steps --threads --tokenizer --val --val-bytes "
+    "--vocab-size --warmup-steps --weight-decay --window",
     "sample": "--device --dtype --encoding --json --max-tokens --min-p --n --prompt --prompt-file --seed --stop --strict --temperature --threads "
     "--top-k --top-p",
-    "eval": "--context-length --device --dtype --encoding --json --threads",
+    "eval": "--by-position --context-length --device --dtype --encoding --json --threads",
     "compare": "--json --plot",
 }
 SMALL = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | {"steps": 4, "eval_every": 2, "dropout": 0}).items()]
@@ -91,6 +94,14 @@ def test_eval_prints_a_table_or_json(trained, story, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["val_loss"] > 0
     assert answer["bits_per_byte"] > 0
+    assert answer["word_perplexity"] > 1
+    assert "loss_by_position" not in answer
+    assert run("eval", trained, "--by-position") == 0
+    assert "position in the context  nats per token  tokens" in capsys.readouterr().out
+    assert run("eval", trained, "--by-position", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    (bucket,) = answer["loss_by_position"]
+    assert bucket == {"first": 0, "last": 15, "nats_per_token": pytest.approx(answer["val_loss"]), "tokens": answer["tokens"]}
 
 
 MISTAKES = {
@@ -103,6 +114,7 @@ MISTAKES = {
     "too short": (["short.txt"], ["too short", "1 to validate on"]),
     "one symbol": (["same.txt"], ["all the same symbol"]),
     "context too long": (["story.txt", "--context-length", "100000"], ["A context of 100000 tokens", "at most"]),
+    "a window for classic": (["story.txt", "--window", "10", "--steps", "1"], ["window = 10 goes with arch = 'modern'"]),
     "heads do not divide": (["story.txt", "--n-embd", "100", "--n-head", "3"], ["n_embd = 100", "n_head = 3", "--n-embd 99"]),
     "misspelt flag": (["story.txt", "--n-layers", "3"], ["Did you mean --n-layer?"]),
     "misspelt command": (None, ["Did you mean", "train"]),
@@ -112,6 +124,10 @@ MISTAKES = {
     "not TOML": (["story.txt", "--config", "broken.toml"], ["cannot be read"]),
     "no such TOML": (["story.txt", "--config", "absent.toml"], ["absent.toml", "cannot be read"]),
     "cuda without a GPU": (["story.txt", "--device", "cuda"], ["--device cuda is not available", "It can use: cpu"]),
+    "unknown tokenizer": (["story.txt", "--tokenizer", "bpee"], ["tokenizer = 'bpee'", "char, byte, word, bpe", "did you mean bpe."]),
+    "no such tokenizer": (["story.txt", "--tokenizer", "none/tokenizer.json"], ["no tokenizer", "none/tokenizer.json"]),
+    "size of characters": (["story.txt", "--vocab-size", "300"], ["--vocab-size 300 does not go with --tokenizer char"]),
+    "vocabulary too large": (["story.txt", "--tokenizer", "bpe", "--vocab-size", "9999"], ["The text supports", "not --vocab-size 9999"]),
     "occupied folder": (["story.txt", "--out", "occupied"], ["not a run of nanogpt", "thesis.tex"]),
 }
 
@@ -172,7 +188,7 @@ def test_a_run_is_named_after_its_text(story, tmp_path, monkeypatch):
         (["sample", "STORY"], "not a model file"),
         (["train", "https://example.org/book.txt"], "Download it first"),
         (["train", "STORY", "--out", "big", "--n-embd", "4000000", "--n-head", "1"], "not enough memory for a model"),
-        (["train", "STORY", "--out", "big", "--steps", "1", "--batch-size", "10000000"], "not enough memory for a step of 10,000,000 windows"),
+        (["train", "STORY", "--out", "big", "--steps", "1", "--batch-size", "10000000"], "even with one window of 256 tokens at a time"),
         (["eval", "RUN", "--context-length", "99"], "at most 16 tokens"),
     ],
 )
@@ -240,6 +256,19 @@ def test_plan_says_what_a_run_takes(capsys):
     assert made["exchange_seconds"] > 0
 
 
+def test_plan_knows_presets_and_what_is_computed_at_once(capsys):
+    assert run("plan", "--preset", "gpt2", "--vocab-size", 50257, "--gpu", "h100", "--json") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["total_parameters"], made["tokens_per_step"]) == (124_439_808, 512 * 1024)
+    assert 1 < made["micro_batch_size"] < 512
+    assert made["total_memory"] < made["device_memory"] == 80e9
+    assert not made["checkpoint_activations"]
+    assert run("plan", "--preset", "gpt2-xl", "--n-layer", 2, "--gpu", "t4", "--batch-size", 4) == 0
+    assert "windows at a time" in capsys.readouterr().out
+    assert run("plan", "--preset", "gpt3") == 2
+    assert "The presets: classic, gpt2, gpt2-medium, gpt2-large, gpt2-xl, modern" in capsys.readouterr().err
+
+
 def test_plan_by_the_clock_plans_what_train_would_do(capsys, monkeypatch):
     monkeypatch.setattr("nanogpt.recipe.token_seconds", lambda *_: 1e-4)
     assert run("plan", "--minutes", 1, "--dtype", "float32", "--json") == 0
@@ -250,7 +279,7 @@ def test_plan_by_the_clock_plans_what_train_would_do(capsys, monkeypatch):
     ("words", "answer"),
     [
         (["plan", "--text-bytes", 0], "--text-bytes 0: it takes 1 or more"),
-        (["plan", "--nodes", -1, "--vocab-size", 0], "--vocab-size 0, --nodes -1: it takes 1 or more"),
+        (["plan", "--nodes", -1, "--gpus-per-node", 0], "--gpus-per-node 0, --nodes -1: it takes 1 or more"),
         (["plan", "--gpu", "abacus"], "no GPU 'abacus'"),
         (["bench", "--n-embd", 100, "--n-head", 3], "cannot be shared among"),
     ],

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanogpt import evaluate as module
-from nanogpt.evaluate import Loss, Point, evaluate, ngram_losses, verdict
+from nanogpt.evaluate import Loss, Point, evaluate, loss_by_position, ngram_losses, verdict
 
 TOKENS = np.random.default_rng(0).integers(0, 11, 100).astype(np.uint8)
 
@@ -39,9 +39,10 @@ def test_every_token_but_the_first_is_predicted_once_from_its_window(make_model,
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_the_size_of_a_pass_changes_nothing(make_model, place, monkeypatch, rows):
+@pytest.mark.parametrize("limit", ["BATCH_TOKENS", "BATCH_LOGITS"])
+def test_the_size_of_a_pass_changes_nothing(make_model, place, monkeypatch, rows, limit):
     whole = evaluate(make_model(), TOKENS, 100, place)
-    monkeypatch.setattr(module, "BATCH_TOKENS", 8 * rows)
+    monkeypatch.setattr(module, limit, 8 * rows * {"BATCH_TOKENS": 1, "BATCH_LOGITS": 11}[limit])
     assert evaluate(make_model(), TOKENS, 100, place).nats == pytest.approx(whole.nats, rel=1e-5)
 
 
@@ -74,6 +75,23 @@ def test_a_model_that_knows_nothing_pays_the_logarithm_of_the_vocabulary(make_mo
     assert Loss(nats=math.log(2) * 30, tokens=5, bytes=10).bits_per_byte == pytest.approx(3)
 
 
+def test_perplexity_is_per_word_and_nothing_where_words_are_unknown(make_model, place):
+    loss = evaluate(make_model(), TOKENS, 100, place, n_words=20)
+    assert loss.words == pytest.approx(20 * 99 / 100)
+    assert loss.word_perplexity == pytest.approx(math.exp(loss.nats / loss.words))
+    assert math.isnan(evaluate(make_model(), TOKENS, 100, place).word_perplexity)
+    assert Loss(nats=1e6, tokens=10, bytes=10, words=1).word_perplexity == math.inf
+
+
+@given(st.lists(st.lists(st.text("ab \n\u3000日")), max_size=4))
+def test_words_and_bytes_of_a_text_do_not_depend_on_its_chunks(documents):
+    size = module.Size()
+    for chunks in documents:
+        assert list(size.counting(chunks)) == chunks
+    assert size.bytes == sum(len("".join(chunks).encode()) for chunks in documents)
+    assert size.words == sum(len("".join(chunks).split()) for chunks in documents)
+
+
 def witten_bell(train: tuple[int, ...], alphabet: set[int], context: tuple[int, ...], token: int) -> float:
     """The probability of a token after a context, by dictionaries and recursion."""
     n = len(context)
@@ -97,11 +115,17 @@ symbols = st.sampled_from([0, 1, 2, 255, 256, 65535])
 splits = st.lists(symbols, max_size=40).map(tuple)
 
 
-@given(splits, st.lists(symbols, min_size=1, max_size=20).map(tuple), st.integers(1, 50))
-def test_baselines_are_those_of_slow_counting(train, val, piece):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "NGRAM_CHUNK", piece)
-        assert ngram_losses(np.array(train, np.uint16), np.array(val, np.uint16)) == pytest.approx(slow_losses(train, val))
+@given(splits, st.lists(symbols, min_size=1, max_size=20).map(tuple))
+def test_baselines_are_those_of_slow_counting(train, val):
+    assert ngram_losses(np.array(train, np.uint16), np.array(val, np.uint16)) == pytest.approx(slow_losses(train, val))
+
+
+def test_baselines_of_a_large_vocabulary_are_those_of_slow_counting():
+    tokens = np.random.default_rng(0).integers(0, 200_000, 3000).astype(np.uint32)
+    tokens = np.concatenate([np.arange(2_000_000, dtype=np.uint32), tokens, tokens[:200]])  # three of them as one number just fit into 64 bits
+    assert module._windows(tokens[-3:].astype(np.int64), 3, 2_000_000) == sum(int(t) * 2_000_000**i for i, t in enumerate(tokens[:-4:-1]))
+    losses = ngram_losses(tokens[2_000_000:-200], tokens[-200:])
+    assert losses == pytest.approx(slow_losses(tuple(tokens[2_000_000:-200].tolist()), tuple(tokens[-200:].tolist())))
 
 
 @given(splits, st.lists(symbols, max_size=2).map(tuple))
@@ -182,3 +206,27 @@ def test_one_evaluation_is_judged_without_a_trend():
 
 def test_a_run_that_came_apart_is_not_healthy():
     assert verdict(history((2.0, 2.0), (3.0, 3.0), (4.0, 4.0)), {"trigram": 3.0}).kind != "healthy"
+
+
+@pytest.mark.parametrize(("length", "context_length"), [(100, None), (97, None), (33, None), (9, None), (100, 20)])
+def test_loss_by_position_adds_up_to_the_loss(make_model, place, length, context_length):
+    model = make_model(context_length=40)
+    tokens = np.random.default_rng(0).integers(0, 11, length).astype(np.uint16)
+    whole = evaluate(model, tokens, length, place, context_length)
+    buckets = loss_by_position(model, tokens, place, context_length)
+    T = min(context_length or 40, length - 1)
+    assert [bucket.first for bucket in buckets] == [edge for edge in (0, 16, 32) if edge < T]
+    assert [bucket.last for bucket in buckets] == [edge - 1 for edge in (16, 32) if edge < T] + [T - 1]
+    assert sum(bucket.tokens for bucket in buckets) == whole.tokens == length - 1
+    assert sum(bucket.nats_per_token * bucket.tokens for bucket in buckets) == pytest.approx(whole.nats, rel=1e-5)
+
+
+def test_loss_by_position_is_that_of_each_position(make_model, place):
+    model = make_model(context_length=40)
+    tokens = np.random.default_rng(0).integers(0, 11, 81).astype(np.uint16)
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    each = torch.nn.functional.cross_entropy(model(ids[:-1].view(2, 40)).transpose(1, 2), ids[1:].view(2, 40), reduction="none")
+    for bucket in loss_by_position(model, tokens, place):
+        part = each[:, bucket.first : bucket.last + 1]
+        assert bucket.nats_per_token == pytest.approx(part.mean().item(), rel=1e-5)
+        assert bucket.tokens == part.numel()

@@ -105,6 +105,56 @@ def test_text_ends_before_the_first_stop_string(string, stop):
     assert "".join(stream(string, stop)) == read[: min((read.find(s) for s in stop if s in read), default=len(read))]
 
 
+SUBWORDS = [train_tokenizer(kind, ["abcab cab bca abc 🙂日 " * 9]) for kind in ("byte", "word", "bpe")]
+any_tokenizer = st.sampled_from([TOKENIZER, *SUBWORDS])
+
+
+@given(any_tokenizer, st.text("abc🙂日é ", max_size=30), st.lists(st.text("abc🙂日 ", min_size=1, max_size=4), max_size=3))
+def test_whatever_the_tokens_the_first_string_that_is_complete_ends_the_text(tokenizer, string, stop):
+    assert "".join(generate.text(tokenizer, tokenizer.encode(string), stop)) == "".join(stream(string, stop))
+
+
+@given(any_tokenizer, st.text("abc🙂日é "))
+def test_pieces_are_whole_characters_whatever_the_tokens(tokenizer, string):
+    pieces = list(generate.text(tokenizer, tokenizer.encode(string)))
+    assert "".join(pieces) == string
+    assert "\ufffd" not in "".join(pieces)
+    assert all(pieces)
+
+
+def ranges(tokens):
+    return [(token, token + 1) for token in tokens]
+
+
+@pytest.mark.parametrize("tokenizer", SUBWORDS, ids=["byte", "word", "bpe"])
+def test_nothing_is_unknown_whose_bytes_occurred(tokenizer):
+    learned = set(tokenizer.encode("abc 日本é")) | {token for token in range(tokenizer.vocab_size) if len(tokenizer.token_bytes[token]) == 1}
+    unused = ranges(set(range(tokenizer.vocab_size)) - learned)
+    assert tokenizer.decode(generate.encode_prompt(tokenizer, "abc 日 漢", unused, 100)) == "abc 日 漢"
+
+
+@given(st.sampled_from(SUBWORDS), st.text("abc 🙂日éñ"), st.randoms())
+def test_what_is_spelled_by_tokens_that_never_occurred_is_found_in_whole_characters(tokenizer, string, chance):
+    ids = tokenizer.encode(string)
+    new = {token for token in ids if chance.random() < 0.3}
+    of_bytes = [token in new for token in ids for _ in tokenizer.token_bytes[token]]
+    ends = [len(string[:at].encode()) for at in range(len(string) + 1)]
+    expected = {at: string[at] for at in range(len(string)) if any(of_bytes[ends[at] : ends[at + 1]])}
+    found = generate._unlearned(tokenizer, string, ids, ranges(new))
+    assert {at + i: letter for at, part in found for i, letter in enumerate(part)} == expected
+    assert all(at + len(part) not in expected for at, part in found)
+
+
+def test_what_never_occurred_is_named_and_strict_refuses_it():
+    tokenizer = SUBWORDS[0]
+    unused = ranges(set(range(tokenizer.vocab_size)) - set(b"abc "))
+    with pytest.warns(Notice, match=r"had no '日' \(U\+65E5\) at position 4, 'ñq' at position 8\."):
+        ids = generate.encode_prompt(tokenizer, "abc 日bcañq", unused, 100)
+    assert tokenizer.decode(ids) == "abc 日bcañq"
+    with pytest.raises(UserError, match="had no 'ñq' at position 0"):
+        generate.encode_prompt(tokenizer, "ñq", unused, 100, strict=True)
+
+
 def test_unknown_characters_are_named_and_strict_refuses_them():
     with pytest.warns(Notice, match=r"'日' \(U\+65E5\) at position 1"):
         ids = generate.encode_prompt(TOKENIZER, "a日", [], 100)

@@ -1,11 +1,15 @@
 """The network computes what it says: GPT-2's function, gradients included, cached or not; and dropout by key."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
-from nanogpt.model import EPSILON, GPT, ROPE_BASE, KVCache, dropout, dropout_keys, gelu, swiglu_width
+from nanogpt import model as network
+from nanogpt.model import EPSILON, GPT, KVCache, causal_mask, dropout, dropout_keys, gelu, stretched_base, swiglu_width
 
 
 def own_name(theirs: str) -> str:
@@ -53,7 +57,9 @@ def qwen3_like(model: GPT) -> Qwen3ForCausalLM:
     c = model.config
     shape = {"vocab_size": model.vocab_size, "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head}
     shape |= {"num_key_value_heads": c.n_kv_head or c.n_head, "head_dim": c.n_embd // c.n_head, "intermediate_size": swiglu_width(c.n_embd)}
-    rope = {"rope_type": "default", "rope_theta": ROPE_BASE}
+    rope = {"rope_type": "default", "rope_theta": c.rope_base}
+    if c.window is not None:
+        shape |= {"use_sliding_window": True, "sliding_window": c.window, "max_window_layers": 0}
     config = Qwen3Config(**shape, max_position_embeddings=c.context_length, rms_norm_eps=EPSILON, rope_parameters=rope, tie_word_embeddings=False)
     peer = Qwen3ForCausalLM(config).eval()
     ours = {"model.embed_tokens.weight": F.rms_norm(model.wte.weight, [c.n_embd], eps=EPSILON), "model.norm.weight": model.ln_f.weight}
@@ -70,9 +76,12 @@ def qwen3_like(model: GPT) -> Qwen3ForCausalLM:
     return peer
 
 
-@pytest.mark.parametrize(("n_head", "n_kv_head", "n_embd"), [(1, None, 4), (2, 2, 16), (4, 2, 32), (6, 1, 48)])
-def test_modern_is_qwen3(make_model, n_head, n_kv_head, n_embd):
-    model = make_model(arch="modern", n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, scale=1.0)
+@pytest.mark.parametrize(
+    ("n_head", "n_kv_head", "n_embd", "more"),
+    [(1, None, 4, {}), (2, 2, 16, {}), (4, 2, 32, {}), (6, 1, 48, {}), (4, 2, 32, {"window": 3}), (2, 2, 16, {"window": 1, "rope_base": 400.0})],
+)
+def test_modern_is_qwen3(make_model, n_head, n_kv_head, n_embd, more):
+    model = make_model(arch="modern", n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, scale=1.0, **more)
     peer = qwen3_like(model)
     idx = torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(1))
     targets = idx.roll(-1, dims=1)
@@ -99,14 +108,19 @@ def test_a_token_changes_nothing_before_it(make_model):
     assert not torch.allclose(before[:, 5:], after[:, 5:])
 
 
-@pytest.mark.parametrize("settings", [{}, {"arch": "modern"}, {"arch": "modern", "n_head": 4, "n_kv_head": 2}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"arch": "modern"}, {"arch": "modern", "n_head": 4, "n_kv_head": 2}, {"arch": "modern", "window": 3}, {"arch": "modern", "window": 8}]
+)
+@pytest.mark.parametrize("queries", [2, 1024])
 @pytest.mark.parametrize("pieces", [[8], [1] * 8, [3, 1, 4], [5, 3]])
-def test_reading_in_pieces_through_the_cache_gives_the_same_logits(make_model, pieces, settings):
+def test_reading_in_pieces_through_the_cache_gives_the_same_logits(make_model, pieces, settings, queries, monkeypatch):
     model = make_model(**settings)
     idx = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(1))
+    whole = model(idx)
+    monkeypatch.setattr(network, "QUERIES", queries)
     cache = KVCache(model.config, 2, torch.device("cpu"), torch.float32)
     got = torch.cat([model(piece, cache=cache) for piece in idx.split(pieces, dim=1)], dim=1)
-    torch.testing.assert_close(got, model(idx), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, whole, atol=1e-5, rtol=1e-5)
     with pytest.raises(AssertionError, match="context"):
         model(idx[:, :1], cache=cache)
 
@@ -188,3 +202,110 @@ def test_the_compilers_gelu_is_the_same_function(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.testing.assert_close(gelu(x), plain, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(plain, torch.nn.functional.gelu(x, approximate="tanh"))
+
+
+def gradients(model, idx, keys=None):
+    """The loss and every gradient of it."""
+    model.zero_grad()
+    loss = model.nats(idx, idx.roll(-1, 1), keys)
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+def naive_window(T, window):
+    """Each token sees itself and the `window` - 1 before it."""
+    return torch.tensor([[0.0 if 0 <= t - s < window else -torch.inf for s in range(T)] for t in range(T)])
+
+
+@pytest.mark.parametrize(("T", "window"), [(7, 1), (7, 3), (7, 7), (7, 20)])
+def test_a_window_hides_what_lies_further_back(T, window):
+    for seen in range(1, T + 1):
+        assert torch.equal(causal_mask(seen, T, torch.device("cpu"), window), naive_window(T, window)[T - seen :])
+        assert torch.equal(causal_mask(1, T, torch.device("cpu"), window, T - seen), naive_window(T, window)[seen - 1 : seen])
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 5])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("queries", [1, 2, 3, 8])
+def test_attention_by_blocks_is_attention_through_a_mask(make_model, monkeypatch, window, fused, queries):
+    model = make_model(arch="modern", window=window, n_head=4, n_kv_head=2)
+    model.fuse_attention(False)
+    idx = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(network, "causal_mask", lambda T, S, device, _=None: naive_window(T, window or T))
+    expected = gradients(model, idx)
+    monkeypatch.undo()
+    monkeypatch.setattr(network, "QUERIES", queries)
+    model.fuse_attention(fused)
+    for got, right in zip(gradients(model, idx), expected, strict=True):
+        torch.testing.assert_close(got, right, atol=1e-4, rtol=1e-4)
+
+
+def test_blocks_drop_their_share_of_probabilities_by_the_row(make_model, monkeypatch):
+    monkeypatch.setattr(network, "QUERIES", 3)
+    model = make_model(dropout=0.5)
+    idx = torch.randint(11, (4, 8), generator=torch.Generator().manual_seed(1))
+    dropped = model(idx, KEYS)
+    assert torch.equal(dropped, model(idx, KEYS))
+    assert not torch.allclose(dropped, model(idx))
+    torch.testing.assert_close(model(idx[1:2], KEYS[1:2]), dropped[1:2])
+
+
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+@pytest.mark.parametrize("queries", [3, 1024])
+def test_checkpointed_activations_give_the_same_gradients_bit_for_bit(make_model, arch, queries, monkeypatch):
+    monkeypatch.setattr(network, "QUERIES", queries)
+    model, idx = make_model(arch=arch, dropout=0.3), torch.randint(11, (4, 8), generator=torch.Generator().manual_seed(1))
+    expected = gradients(model, idx, KEYS)
+    model.checkpoint_activations(True)
+    assert all(torch.equal(*pair) for pair in zip(gradients(model, idx, KEYS), expected, strict=True))
+
+
+def test_a_loss_in_pieces_has_the_same_gradients_and_parts(make_model, monkeypatch):
+    for arch in ("classic", "modern"):
+        model, idx = make_model(arch=arch), torch.randint(11, (2, 7), generator=torch.Generator().manual_seed(1))
+        expected = gradients(model, idx)
+        monkeypatch.setattr(network, "SCORES", 44)  # four positions
+        for got, right in zip(gradients(model, idx), expected, strict=True):
+            torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-5)
+        each = model.nats_of_each(idx, idx.roll(-1, 1))
+        torch.testing.assert_close(each, F.cross_entropy(model(idx).transpose(1, 2), idx.roll(-1, 1), reduction="none"))
+        monkeypatch.undo()
+
+
+def test_stretching_by_one_changes_nothing_and_else_slows_the_slowest_turn():
+    assert stretched_base(10_000.0, 1.0, 64) == 10_000.0
+    near, far = (network.turns(torch.arange(9), 16, base) for base in (100.0, stretched_base(100.0, 4.0, 16)))
+    torch.testing.assert_close(far[:, :, 0], near[:, :, 0])
+    torch.testing.assert_close(far[:, 8, -1], near[:, 2, -1])
+
+
+PEAKS = """
+import resource, sys
+import numpy as np, torch
+from nanogpt import checkpoint, evaluate, machine
+from nanogpt.config import MachineConfig, ModelConfig
+
+place = machine.choose(MachineConfig(device="cpu", dtype="float32", threads=1))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for T in (4096, 8192, 16384):
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "context_length": T} | eval(sys.argv[2])
+    model = checkpoint.empty_model(ModelConfig(**shape), 300, "cpu")
+    model.init_weights(torch.Generator().manual_seed(0))
+    tokens = np.arange(T + 1, dtype=np.uint16) % 300
+    if sys.argv[1] == "train":
+        ids = torch.from_numpy(tokens.astype(np.int64))[None]
+        model.nats(ids[:, :-1], ids[:, 1:], torch.zeros(1, dtype=torch.int32)).backward()
+    else:
+        model.fuse_attention(False)
+        evaluate.evaluate(model, tokens, T, place)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)  # KiB
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is told in other ways")
+@pytest.mark.parametrize(("what", "shape"), [("train", {"arch": "modern"}), ("train", {"arch": "modern", "window": 300}), ("evaluate", {"arch": "classic"})])
+def test_memory_grows_no_faster_than_the_context(what, shape):
+    words = [sys.executable, "-c", PEAKS, what, repr(shape)]
+    near, middle, far = map(int, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
+    assert far - middle < 3 * max(middle - near, 30_000)  # KiB; in proportion it is 2 times, by the square 4
+    assert far < 500_000  # a number for each pair of tokens would be 1 GiB in each head

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanogpt import checkpoint, plan
-from nanogpt.config import ModelConfig, resolve
+from nanogpt.config import PRESETS, ModelConfig, preset_settings, resolve
 from nanogpt.errors import UserError
 from nanogpt.optim import Optimizer
 
@@ -27,9 +27,19 @@ def test_parameters_are_those_of_the_network(shape):
     assert sum(plan.parameters(config, 65).values()) == sum(p.numel() for p in checkpoint.empty_model(config, 65, "meta").parameters())
 
 
-def test_gpt2_has_as_many_parameters_as_was_published():
-    config = ModelConfig(n_layer=12, n_head=12, n_embd=768, context_length=1024)
-    assert sum(plan.parameters(config, 50257).values()) == 124_439_808
+@pytest.mark.parametrize(("preset", "count"), [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)])
+def test_gpt2_has_as_many_parameters_as_was_published_and_twenty_tokens_for_each(preset, count):
+    config = resolve(preset_settings(preset))
+    assert sum(p.numel() for p in checkpoint.empty_model(config.model, 50257, "meta").parameters()) == count
+    assert sum(plan.parameters(config.model, 50257).values()) == count
+    assert config.training.steps * config.training.batch_size * 1024 / count == pytest.approx(20, rel=0.06)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_whole(preset):
+    config = resolve(preset_settings(preset))
+    assert checkpoint.empty_model(config.model, 65, "meta").blocks[config.model.n_layer - 1].attn.head_dim == 64
+    assert config.model.context_length == (1024 if "gpt2" in preset else 256)
 
 
 def test_flops_of_the_seeds_recipe_by_hand():
@@ -119,3 +129,43 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 @pytest.mark.parametrize(("number", "text"), [(0.000123456, "0.000123"), (1.5, "1.50"), (123.4, "123"), (98_765.0, "98,800"), (0.0, "0")])
 def test_numbers_keep_three_digits(number, text):
     assert plan.rounded(number) == text
+
+
+def test_checkpointed_activations_leave_one_layer_and_what_goes_into_the_others():
+    config = resolve(SHAPES[0] | {"n_layer": 8, "context_length": 128, "dropout": 0.2, "steps": 1})
+    deep, one = (config.model.model_copy(update={"n_layer": layers}) for layers in (8, 1))
+    how, tokens = {"half": False, "fused": False}, 4 * 128
+    checkpointed = config.training.model_copy(update={"checkpoint_activations": True})
+    kept = plan.memory(deep, checkpointed, 65, 4, **how)["activations"] - plan.memory(one, config.training, 65, 4, **how)["activations"]
+    assert kept == 8 * tokens * 4 * deep.n_embd
+
+
+def test_a_batch_is_halved_until_it_fits_and_then_activations_are_checkpointed():
+    config = resolve({"n_layer": 8, "steps": 1, "batch_size": 24})
+    how = {"half": False, "fused": True}
+
+    def needed(rows, checkpoints=False):
+        training = config.training.model_copy(update={"checkpoint_activations": checkpoints})
+        return 1.2 * sum(plan.memory(config.model, training, 65, rows, **how).values())
+
+    def chosen(room, **given):
+        found, _ = plan.fit(config.model, config.training.model_copy(update=given), 65, 24, room, **how)
+        return found.micro_batch_size, found.checkpoint_activations
+
+    assert chosen(None) == chosen(needed(24)) == (24, False)
+    assert chosen(needed(24) - 1) == chosen(needed(12)) == (12, False)
+    assert [chosen(needed(rows)) for rows in (6, 3, 2, 1)] == [(6, False), (3, False), (2, False), (1, False)]
+    assert needed(1, True) < needed(1)
+    assert chosen(needed(1) - 1) == (next(rows for rows in (24, 12, 6, 3, 2, 1) if needed(rows, True) < needed(1)), True)
+    assert chosen(0) == (1, True)
+    assert chosen(needed(2), micro_batch_size=6) == (6, True)
+    assert chosen(0, micro_batch_size=6, checkpoint_activations=False) == (6, False)
+    assert chosen(None, micro_batch_size=99) == (24, False)
+
+
+def test_long_contexts_take_memory_in_proportion():
+    for more in ({"arch": "modern", "dropout": 0.0}, {"arch": "modern", "dropout": 0.0, "window": 100}, {"dropout": 0.2}):
+        near, far = (resolve(more | {"context_length": T, "batch_size": 1, "steps": 1}) for T in (8192, 16384))
+        sizes = [sum(plan.memory(c.model, c.training, 65, 1, half=False, fused=True).values()) for c in (near, far)]
+        fixed = 16 * sum(plan.parameters(far.model, 65).values())
+        assert (sizes[1] - fixed) / (sizes[0] - fixed) < 2.1

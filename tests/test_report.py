@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from nanogpt.config import Config
+from nanogpt.config import Config, TextConfig
 from nanogpt.evaluate import Loss, Verdict
 from nanogpt.report import Evaluated, Finished, Sampled, Started, Stepped, Terminal, duration, loss_table, printable
 
@@ -27,7 +27,7 @@ def screen(monkeypatch):
 @pytest.fixture
 def terminal(screen):
     terminal = Terminal(screen)
-    terminal(Started("runs/my book [draft]", 0, Config(), 10_000_000, ABOUT, "CPU", 1e8, 1e12, []))
+    terminal(Started("runs/my book [draft]", 0, Config(), 10_000_000, ABOUT, "CPU", 1e8, 1e12, [], 3e9, 16e9))
     yield terminal
     terminal.close()
 
@@ -46,7 +46,7 @@ def test_the_progress_line_fits_80_columns_and_tells_all(terminal):
 def test_names_are_shown_as_they_are_and_quoted_in_commands(terminal, screen):
     assert "b[old].txt: 110 bytes, 7 different chars" in screen.getvalue()
     loss = Loss(140.0, 100, 100.0)
-    terminal(Finished(10, 5, loss, {"uniform": 2.0, "trigram": 1.0}, Verdict("healthy", "Healthy."), 90.0))
+    terminal(Finished(10, 5, loss, {"uniform": 2.0, "trigram": 1.0}, Verdict("healthy", "Healthy."), 90.0, 1.75))
     assert "nanogpt sample 'runs/my book [draft]'" in screen.getvalue()
 
 
@@ -62,6 +62,18 @@ def test_a_table_puts_the_model_between_what_it_beats_and_what_beats_it(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[1:5]] == ["uniform baseline", "unigram baseline", "this model", "bigram baseline"]
     assert lines[3].split()[-2:] == ["1.5000", f"{1.5 * 2 / math.log(2):.4f}"]
+    Console(width=100).print(loss_table(Loss(150.0, 100, 50.0, 10.0), {"uniform": 400.0, "unigram": 10.0}, "this model"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("perplexity per word")
+    assert [line.split()[-1] for line in lines[1:4]] == ["inf", "2.688e+43", f"{math.exp(15):,.0f}"]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "said"), [("byte", "1,234 different bytes"), ("bpe", "1,234 different tokens (bpe)"), ("/x/tokenizer.json", "tokens (tokenizer.json)")]
+)
+def test_every_kind_of_token_has_a_name(terminal, screen, tokenizer, said):
+    terminal(Started("run", 0, Config(text=TextConfig(tokenizer=tokenizer)), 1000, ABOUT | {"symbols": 1234}, "CPU", 1.0, 1.0, [], 1.0, None))
+    assert said in screen.getvalue()
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (5025, "1 h 23 min")])

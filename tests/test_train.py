@@ -10,16 +10,19 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
 
 import nanogpt
-from nanogpt import checkpoint, evaluate, library, machine, trainer
+from nanogpt import checkpoint, config, evaluate, library, machine, plan, trainer
 from nanogpt.config import ModelConfig
 from nanogpt.errors import Notice, UserError
 from nanogpt.files import cache_dir
+from nanogpt.model import GPT
 from nanogpt.report import Evaluated, Finished, Sampled, Saved, Saving, Started, Stepped
+from nanogpt.tokenizer import train_tokenizer
 
 RUN = TINY | {"dropout": 0.1, "steps": 100, "eval_every": 20, "device": "cpu"}
 
@@ -531,8 +534,76 @@ def test_out_of_memory_says_what_to_lower(story, tmp_path, monkeypatch):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9999 bytes")
 
     monkeypatch.setattr("nanogpt.model.GPT.nats", nats)
-    with pytest.raises(UserError, match=r"not enough memory for a step of 4 windows of 16 tokens[\s\S]*Lower --batch-size"):
+    expected = pytest.raises(UserError, match=r"not enough memory for one window of 16 tokens at a time: .*9999 bytes\nLower --context-length")
+    with expected, pytest.warns(Notice, match="as many tokens as before"):
         nanogpt.train(story, tmp_path / "run", **RUN)
+
+
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+@pytest.mark.parametrize("micro_batch_size", [8, 5])
+def test_a_batch_in_parts_is_the_same_batch(story, tmp_path, arch, micro_batch_size):
+    settings = RUN | {"arch": arch, "batch_size": 32, "steps": 5, "eval_every": 5, "dropout": 0.3}
+    rows = []
+    for name, more in (("whole", {}), ("parts", {"micro_batch_size": micro_batch_size})):
+        nanogpt.train(story, tmp_path / name, **settings | more)
+        rows.append([(row["train_loss"], row.get("grad_norm", 0.0), row.get("val_loss", 0.0)) for row in timeless(tmp_path / name)])
+    assert rows[0] != rows[1]
+    for whole, parts in zip(*rows, strict=True):
+        assert parts == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize(("most", "written"), [(2, {"micro_batch_size": 2}), (0, {"micro_batch_size": 1, "checkpoint_activations": True})])
+def test_where_memory_runs_out_fewer_windows_are_taken_at_once_and_resume_knows(story, tmp_path, monkeypatch, most, written):
+    nats, freed = GPT.nats, []
+
+    def short_of_memory(self, idx, targets, keys=None):
+        if keys is not None and len(idx) > most and not self.checkpoints:
+            freed.append(len(idx))
+            raise RuntimeError("CUDA out of memory. Tried to allocate 9999 bytes")
+        return nats(self, idx, targets, keys)
+
+    monkeypatch.setattr("nanogpt.model.GPT.nats", short_of_memory)
+    settings = RUN | {"steps": 20, "eval_every": 10}
+    with pytest.warns(Notice, match="as many tokens as before"), pytest.raises(KeyboardInterrupt):
+        nanogpt.train(story, tmp_path / "run", on_event=stop_at(13, signal.SIGINT), **settings)
+    assert freed == [4] if most else [4, 2, 1]
+    assert written.items() <= config.read_toml(tmp_path / "run").items()
+    monkeypatch.undo()
+    nanogpt.train(out=tmp_path / "run", resume=True)
+    nanogpt.train(story, tmp_path / "whole", **settings | written)
+    same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_the_estimate_of_memory_chooses_before_the_first_step_and_resume_repeats_it(story, tmp_path, monkeypatch):
+    settings = RUN | {"n_embd": 64, "context_length": 64, "batch_size": 32, "steps": 6, "eval_every": 3}
+    whole, small = (memory_of_a_step(story, settings | {"micro_batch_size": rows}) for rows in (32, 8))
+    monkeypatch.setattr(machine, "free_memory", lambda device: 1.21 * small)
+    events = []
+    with pytest.raises(KeyboardInterrupt):
+        nanogpt.train(story, tmp_path / "run", on_event=lambda event: events.append(event) or stop_at(4, signal.SIGINT)(event), **settings)
+    assert events[0].config.training.micro_batch_size == 8
+    assert events[0].memory == small < events[0].free_memory < whole
+    assert [choice.value for choice in events[0].choices if choice.name == "micro_batch_size"] == [8]
+    monkeypatch.undo()
+    nanogpt.train(out=tmp_path / "run", resume=True)
+    nanogpt.train(story, tmp_path / "whole", **settings | {"micro_batch_size": 8})
+    same(tmp_path / "run", tmp_path / "whole")
+
+
+def memory_of_a_step(story, settings):
+    """The bytes of a step on the story, by the estimate."""
+    settled = config.resolve(settings)
+    vocab_size, rows = len(set(story.read_text())) + 257, settings["micro_batch_size"]
+    return sum(plan.memory(settled.model, settled.training, vocab_size, rows, half=False, fused=True).values())
+
+
+def test_too_little_memory_for_one_window_is_said_before_anything_is_written(story, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "free_memory", lambda device: 10_000.0)
+    with pytest.raises(UserError, match=r"even with one window of 16 tokens at a time: it takes about .* GB, and 1e-05 GB are free.\nLower --context-length"):
+        nanogpt.train(story, tmp_path / "run", **RUN)
+    with pytest.raises(UserError, match=r"even with 4 windows .*\nLower --micro-batch-size"):
+        nanogpt.train(story, tmp_path / "run", micro_batch_size=4, **RUN)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_is_not_measured_on_the_tokens_of_another(story, tmp_path, whole):
@@ -600,3 +671,32 @@ def test_prepared_text_that_is_gone_is_made_again(story, tmp_path):
     assert nanogpt.load(tmp_path / "run", dtype="float32").evaluate().val_loss == expected
     shutil.rmtree(folder)  # and all of it
     assert nanogpt.load(tmp_path / "run", dtype="float32").evaluate().val_loss == expected
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "word", "bpe", "tokenizer.json"])
+def test_every_kind_of_token_can_be_trained_on_and_goes_on(story, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tokenizer.json").write_text(train_tokenizer("bpe", [story.read_text()], 280).to_json(), encoding="utf-8")
+    settings = RUN | {"tokenizer": tokenizer, "eval_every": 2}
+    first = nanogpt.train(story, "run", **settings | {"steps": 2})
+    assert first.evaluate().tokens == len(first._text.val) - 1
+    whole = nanogpt.train(story, "whole", **settings | {"steps": 4})
+    assert nanogpt.train((), "run", resume=True, steps=4).evaluate().tokens == whole.evaluate().tokens == len(whole._text.val) - 1
+    assert first.tokenizer.to_json() == nanogpt.load("run").tokenizer.to_json()
+    assert "".join(whole.stream("The cat", seed=1, max_tokens=20))
+    loss = whole.evaluate(story)
+    assert (loss.bytes, loss.words) == pytest.approx(np.array([len(story.read_text()), len(story.read_text().split())]) * loss.tokens / (loss.tokens + 1))
+    assert set(loss.baselines) == {"uniform", "unigram", "bigram", "trigram"}
+
+
+def test_a_tokenizer_that_has_changed_since_is_noticed(story, tmp_path):
+    path, run = tmp_path / "tokenizer.json", tmp_path / "run"
+    path.write_text(train_tokenizer("bpe", [story.read_text()], 280).to_json(), encoding="utf-8")
+    nanogpt.train(story, run, **RUN | {"tokenizer": str(path), "steps": 2})
+    shutil.rmtree(cache_dir() / "tokens")
+    path.write_text(train_tokenizer("bpe", [story.read_text()], 270).to_json(), encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer of .* makes other tokens than when the run began: then [\d,]+ of the same text, now [\d,]+\."):
+        nanogpt.train((), run, resume=True, steps=4)
+    path.unlink()
+    with pytest.raises(UserError, match="no tokenizer"):
+        nanogpt.load(run).evaluate()
