@@ -24,11 +24,12 @@ from rich.table import Table
 from nanogpt import checkpoint
 from nanogpt.config import flatten, read_toml, resolve
 from nanogpt.errors import UserError
-from nanogpt.report import duration
+from nanogpt.report import duration, printable
 
 RUN_MARKS = ("config.toml", "metrics.jsonl", "model.safetensors")  # any of them makes a folder a run
 PACED = ("steps", "eval_every", "learning_rate", "matrix_learning_rate")  # what the recipe fits to the steps that it foresees in a run by the clock,
 PACE = 0.1  # and how far that may be apart between runs which differ in nothing else
+ALIKE = ("seed", "micro_batch_size", "checkpoint_activations")  # settings that set no run apart: chance, and how a step is cut to fit into memory
 Known = TypeVar("Known")
 
 
@@ -61,7 +62,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed: the mean of their bits per byte and its standard deviation (n - 1; None for one run)."""
+    """Runs that differ in nothing but `ALIKE`: the mean of their bits per byte and its standard deviation (n - 1; None for one run)."""
 
     runs: list[str]
     n: int
@@ -145,7 +146,9 @@ def _read(folder: Path) -> Run:
     records = known(lambda: _records(folder / "metrics.jsonl")) or []
     parts = known(lambda: checkpoint.load(folder))
     summary = parts.summary if parts else {}
-    steps, evaluations = ([record for record in records if field in record] for field in ("tokens_per_second", "val_loss"))
+    if settings:
+        settings["init_from"] = about.get("init_from")  # no setting of config.toml, but what else could set two runs apart
+    steps, evaluations = ([record for record in records if field in record] for field in ("tokens_per_second", "best"))
     best = summary if "val_loss" in summary else min(evaluations, key=lambda record: record["val_loss"], default={})
     last = records[-1]["step"] if records else summary.get("finished")
     finished = "finished" in summary and summary["finished"] == last  # or it went on since
@@ -214,7 +217,7 @@ def _same_but_for_the_seed(one: Run, other: Run) -> bool:
     if not all(run.finished and run.full_split and run.settings for run in (one, other)):
         return False
     texts = (one.fingerprint, one.validation) == (other.fingerprint, other.validation)
-    return texts and all(_same(name, one, other) for name in one.settings if name != "seed")
+    return texts and all(_same(name, one, other) for name in one.settings if name not in ALIKE)
 
 
 def _differing(runs: list[Run]) -> list[str]:
@@ -256,7 +259,7 @@ def table(found: Comparison, width: int) -> str:
         console.print()
     for remark in _remarks(found, names):
         console.print(remark, soft_wrap=True)
-    return page.getvalue()
+    return printable(page.getvalue())
 
 
 RESULTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (  # label, field of a run, and how its mean over a group is shown

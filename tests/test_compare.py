@@ -69,13 +69,14 @@ def test_a_run_tells_its_result(trained):
 
 
 def test_seeds_are_averaged_and_other_settings_are_not(make_run):
-    runs = [make_run("a", 2.0, seed=1), make_run("b", 1.0, seed=1, dropout=0.1), make_run("c", 2.3, seed=2), make_run("d", 2.6, seed=3)]
+    runs = [make_run("a", 2.0, seed=1), make_run("b", 1.0, seed=1, dropout=0.1), make_run("c", 2.3, seed=2)]
+    runs.append(make_run("d", 2.6, seed=3, micro_batch_size=2))  # with less memory, which changes no more than rounding
     found = compare(runs)
     assert [run.run for run in found.runs] == [str(runs[i]) for i in (1, 0, 2, 3)]
     assert [group.runs for group in found.groups] == [[str(runs[1])], [str(runs[i]) for i in (0, 2, 3)]]
     assert found.groups[1].bits_per_byte == pytest.approx(2.3)
     assert found.groups[1].spread == pytest.approx(0.3)
-    assert found.differ == ["dropout", "seed"]
+    assert found.differ == ["dropout", "micro_batch_size", "seed"]
     shown = table(found, 80)
     rows = {line[: line.find("  ")]: line.split("  ")[1:] for line in shown.splitlines()}
     assert [cell.strip() for cell in rows["seed"] if cell] == ["1", "1, 2, 3"]
@@ -96,6 +97,18 @@ def test_by_the_clock_the_recipe_may_follow_the_machine_s_pace(make_run):
     assert found.differ == ["seed", "eval_every"]
     steps = [make_run(f"steps-{every}", 2.0, seed=every, eval_every=every) for every in (100, 105)]
     assert [group.n for group in compare(steps).groups] == [1, 1]
+
+
+def test_what_a_run_began_from_sets_it_apart_and_is_no_evaluation_of_it(make_run):
+    run = make_run("a", about={"init_from": "runs/old"})
+    lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text('{"step": 0, "val_loss": 0.1, "bits_per_byte": 0.2, "val_tokens": 9, "seconds": 0.0}\n' + lines)
+    found = compare([run, make_run("b", seed=2)])
+    assert [group.n for group in found.groups] == [1, 1]
+    assert found.differ == ["seed", "init_from"]
+    assert found.runs[0].evaluations[0]["tokens"] == 0  # where its curve begins
+    (run / "model.safetensors").unlink()
+    assert compare([run]).runs[0].bits_per_byte > 1
 
 
 def test_runs_on_different_texts_are_not_compared(make_run):
