@@ -102,20 +102,20 @@ def ngram_losses(train: Tokens | np.ndarray, val: Tokens | np.ndarray) -> dict[s
     successors trusts its own counts with c / (c + u) and the shorter context with the rest. "uniform" spreads evenly
     over the tokens that occur. Counted on the first `NGRAM_TOKENS` of `train`, scored on the first `NGRAM_SCORED` of `val`.
     """
-    counted, scored = train[:NGRAM_TOKENS], val[:NGRAM_SCORED]
+    counted, scored = train[:NGRAM_TOKENS], val[:NGRAM_SCORED]  # (M,) and (N,)
     occurs = np.zeros(1 + max(int(part.max(initial=0)) for part in (counted, scored)), bool)
     occurs[counted] = occurs[scored] = True
     place, size = (occurs.cumsum() - 1).astype(np.int32), int(occurs.sum())
-    train, val = place[counted], place[scored]  # numbers below `size`
+    counted, scored = place[counted], place[scored]  # numbers below `size`
     losses = {"uniform": math.log(size)}
-    p = np.full(len(val), 1 / size)  # of every token of val, under the shorter context
+    p = np.full(len(scored), 1 / size)  # of every token scored, under the shorter context
     for order, name in enumerate(("unigram", "bigram", "trigram"), start=1):
-        if len(train) < order or len(val) <= order:
+        if len(counted) < order or len(scored) <= order:
             break
-        distinct, counts = _counted(_windows(train, order, size))
+        distinct, counts = _counted(_windows(counted, order, size))
         contexts, first = _starts(distinct // size)  # distinct is sorted, so successors lie together
         uses, successors = np.add.reduceat(counts, first), np.diff(np.append(first, len(distinct)))
-        seen = _windows(val, order, size)
+        seen = _windows(scored, order, size)
         c, u = _lookup(contexts, uses, seen // size), _lookup(contexts, successors, seen // size)
         own = _lookup(distinct, counts, seen)
         p = p.copy()
