@@ -405,7 +405,7 @@ def test_a_damaged_shard_is_found_and_made_anew(large, tmp_path):
     shard.write_bytes(good[shard.name][:-2])
     with pytest.raises(UserError, match=r"train-00002\.bin is damaged: it has .* bytes, not"):
         make(tmp_path / "data")
-    shard.write_bytes(b"\1" + good[shard.name][1:])
+    shard.write_bytes(bytes([good[shard.name][0] ^ 1]) + good[shard.name][1:])
     with pytest.raises(UserError, match=r"train-00002\.bin is damaged: its SHA-256"):
         make(tmp_path / "data")
     shard.unlink()
