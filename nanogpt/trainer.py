@@ -104,6 +104,7 @@ class Trainer:
         self.step_seconds = 0.0
         self.budget = math.inf  # seconds for training, of a run by the clock, once all else is taken off
         self.saved_at = time.monotonic()
+        self.began = self.saved_at - position.seconds
 
     def events(self) -> Iterator[Event]:
         """Train to the end; evaluate, sample and save on the way; finish with the whole validation split.

@@ -17,10 +17,10 @@ SURFACE = {
     "--patience --preset --resume --rope-base --seed --steps --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay "
     "--window",
     "plan": "--arch --attention --batch-size --checkpoint-activations --compile --context-length --cooldown --cross-documents --deterministic --device "
-    "--dropout --dtype --encoding --eval-every --field --gpu --gpus-per-node --grad-clip --json --learning-rate --matrix-learning-rate --micro-batch- "
-    "size --minutes --n-embd --n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --nodes --optimizer "
-    "--patience --preset --rope-base --seed --steps --text-bytes --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay "
-    "--window",
+    "--dropout --dtype --encoding --eval-every --field --gpu --gpus-per-node --grad-clip --json --learning-rate --matrix-learning-rate "
+    "--micro-batch-size --minutes --n-embd --n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --nodes "
+    "--optimizer --patience --preset --rope-base --seed --steps --text-bytes --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps "
+    "--weight-decay --window",
     "bench": "--arch --attention --batch-size --checkpoint-activations --compile --context-length --cooldown --cross-documents --deterministic --device "
     "--dropout --dtype --encoding --eval-every --field --grad-clip --json --learning-rate --matrix-learning-rate --micro-batch-size --minutes --n-embd "
     "--n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --optimizer --patience --rope-base --seed --steps "

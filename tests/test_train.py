@@ -16,7 +16,7 @@ import torch
 from conftest import TINY
 
 import nanogpt
-from nanogpt import checkpoint, config, evaluate, library, machine, plan, trainer
+from nanogpt import checkpoint, config, evaluate, library, machine, plan, recipe, trainer
 from nanogpt.config import ModelConfig
 from nanogpt.errors import Notice, UserError
 from nanogpt.files import cache_dir
@@ -139,6 +139,7 @@ def clock(monkeypatch):
     timing = SimpleNamespace(monotonic=clock, perf_counter=clock)
     monkeypatch.setattr(trainer, "time", timing)
     monkeypatch.setattr(library, "time", timing)
+    monkeypatch.setattr(recipe, "MOST_EPOCHS", 10**6)  # the clock ends the run
     return clock
 
 
@@ -252,6 +253,12 @@ def test_a_run_by_the_clock_that_is_over_stays_over(story, tmp_path, clock):
     with pytest.warns(Notice, match=r"nothing is left for training. Use --minutes 1"):
         nanogpt.train(out=tmp_path / "run", resume=True, on_event=events.append)
     assert not any(isinstance(event, Stepped) for event in events)
+
+
+def test_a_run_by_the_clock_that_its_steps_ended_stays_over(story, tmp_path):
+    settings = RUN | {"steps": 3, "minutes": 5}
+    expected = nanogpt.train(story, tmp_path / "run", **settings).summary
+    assert nanogpt.train(out=tmp_path / "run", resume=True).summary == expected
 
 
 def test_too_little_time_is_said(story, tmp_path):
@@ -667,7 +674,7 @@ def test_evaluation_without_text_or_run_says_what_to_do(story, tmp_path):
 def test_prepared_text_that_is_gone_is_made_again(story, tmp_path):
     expected = nanogpt.train(story, tmp_path / "run", **RUN | {"steps": 2}).evaluate().val_loss
     folder = Path(json.loads((tmp_path / "run" / "text.json").read_text())["folder"])
-    (folder / "val.bin").unlink()  # a part of it
+    next(folder.glob("val-*.bin")).unlink()  # a part of it
     assert nanogpt.load(tmp_path / "run", dtype="float32").evaluate().val_loss == expected
     shutil.rmtree(folder)  # and all of it
     assert nanogpt.load(tmp_path / "run", dtype="float32").evaluate().val_loss == expected
