@@ -316,8 +316,10 @@ def main(words: list[str] | None = None) -> None:
 
 def _dash_last(words: list[str]) -> list[str]:
     """Put a lone "-", standard input, behind "--", where cyclopts takes it for a text and not for an option."""
-    switches = ("--resume", "--overwrite", "--json", "--strict")
-    texts = [i for i, word in enumerate(words) if word == "-" and (not words[i - 1].startswith("--") or words[i - 1] in switches)]
+    settings = [(name, field) for section in Config.model_fields.values() for name, field in section.annotation.model_fields.items()]  # type: ignore[union-attr]
+    yes_or_no = [name.replace("_", "-") for name, field in settings if field.annotation in (bool, bool | None)]
+    alone = {"--resume", "--overwrite", "--json", "--strict", "--by-position"} | {f"--{no}{name}" for name in yes_or_no for no in ("", "no-")}
+    texts = [i for i, word in enumerate(words) if word == "-" and (not words[i - 1].startswith("--") or "=" in words[i - 1] or words[i - 1] in alone)]
     if not texts or "--" in words:
         return words
     return [word for i, word in enumerate(words) if i not in texts] + ["--", "-"]

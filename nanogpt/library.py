@@ -280,7 +280,7 @@ def _settle(
         given = saved | given
     asked = given
     if earlier is not None:
-        given = finetune.continuing(given, earlier.model.config)
+        given = finetune.continuing(given, earlier.model.config) | {"tokenizer": earlier.tokenizer.kind}
     recipe_follows = begun is not None and given.get("minutes") is not None and not resuming
     settled = resolve(given, complete=not recipe_follows)
     steps = settled.training.steps

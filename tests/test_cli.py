@@ -34,6 +34,15 @@ SURFACE = {
 SMALL = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | {"steps": 4, "eval_every": 2, "dropout": 0}).items()]
 
 
+@pytest.mark.parametrize("before", [[], ["--no-compile"], ["--deterministic"], ["--resume"], ["--out=run"], ["--out", "run"], ["book.txt"]])
+def test_a_lone_dash_is_standard_input(before):
+    assert cli._dash_last(["train", *before, "-", "--seed", "1"]) == ["train", *before, "--seed", "1", "--", "-"]
+
+
+def test_a_dash_may_be_an_options_value():
+    assert cli._dash_last(["sample", "run", "--prompt-file", "-"]) == ["sample", "run", "--prompt-file", "-"]
+
+
 def run(*words):
     """What a command leaves: exit code, and (through capsys) what it printed."""
     try:

@@ -49,6 +49,15 @@ def test_it_begins_from_the_model_and_tells_the_loss_before_and_after(earlier, s
     assert settled.model == parts.model.config
 
 
+@pytest.mark.parametrize("kind", ["byte", "word", "bpe"])
+def test_the_settings_name_the_kind_of_tokens_that_the_model_has(story, sequel, tmp_path, kind):
+    nanogpt.train(story, tmp_path / "earlier", **RUN | {"tokenizer": kind, "steps": 2})
+    more = nanogpt.train(sequel, tmp_path / "run", init_from=tmp_path / "earlier", **MORE | {"steps": 2})
+    assert config.resolve(config.read_toml(tmp_path / "run")).text.tokenizer == kind
+    assert more.tokenizer.to_json() == nanogpt.load(tmp_path / "earlier").tokenizer.to_json()
+    assert nanogpt.train(out=tmp_path / "run", resume=True, steps=4).summary["step"] == 4
+
+
 @pytest.mark.parametrize(("given", "rate"), [({}, FINE_TUNING * 3e-4), ({"learning_rate": 1e-3}, 1e-3)])
 def test_its_learning_rate_is_lower_unless_it_was_given(earlier, story, tmp_path, given, rate):
     events = []

@@ -71,7 +71,7 @@ def prepare(sources: Sequence[str], settings: TextConfig, tokenizer: Tokenizer |
     """
     if len(sources) == 1 and is_prepared(folder := Path(findable(sources[0]))):
         prepared = open_prepared(folder)
-        _require_same_settings(prepared.about["text"], settings, sources[0])
+        _require_same_settings(prepared.about["text"], settings, sources[0], {"tokenizer", "vocab_size"} if tokenizer is not None else set())
         if tokenizer is not None and tokenizer.to_json() != prepared.tokenizer.to_json():
             raise UserError(f"{sources[0]} was prepared with another tokenizer than the model's.", "Name the text itself.")
     else:
@@ -154,9 +154,9 @@ def _remember(folder: Path, names: Sequence[str]) -> None:
             write_text(folder / "checked.json", json.dumps(known))
 
 
-def _require_same_settings(before: dict[str, Any], settings: TextConfig, folder: str) -> None:
-    """Errors: `UserError` where a setting was given that a folder was not prepared with."""
-    given = {name: getattr(settings, name) for name in settings.model_fields_set - {"cross_documents"}}
+def _require_same_settings(before: dict[str, Any], settings: TextConfig, folder: str, free: set[str]) -> None:
+    """Errors: `UserError` where a setting was given that a folder was not prepared with; `free` ones may differ."""
+    given = {name: getattr(settings, name) for name in settings.model_fields_set - {"cross_documents"} - free}
     if wrong := [f"{name} = {value!r}, but {before[name]!r} in the folder" for name, value in given.items() if value != before[name]]:
         raise UserError(f"{folder} was prepared with other settings: {'; '.join(wrong)}.", "Leave them out, or name the text itself.")
 

@@ -39,6 +39,13 @@ class Tokenizer:
         apart = {end} if self._byte_level else {end, *BYTES}
         self._single = all(len(name) == 1 or name in apart for name in vocab)  # each character, or byte, is a token
 
+    @property
+    def kind(self) -> str:
+        """The row of `KINDS` that it is one of, or is like: only bpe merges, only word and bpe have tokens of several characters."""
+        if self._single:
+            return "byte" if self._byte_level else "char"
+        return "bpe" if json.loads(self.to_json())["model"]["merges"] else "word"
+
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
         """Read the content of a tokenizer.json; what would lose something of a text is taken off. Errors: `UserError` for what cannot be made exact."""
