@@ -170,6 +170,16 @@ def test_standard_input_can_be_read_again(stdin):
     assert ["".join(document.chunks()) for _ in range(3)] == [FRENCH * 1000] * 3
 
 
+def test_readings_of_standard_input_do_not_disturb_each_other(stdin, small_chunks):
+    (document,) = expand(["-"], stdin(FRENCH * 100, "utf-8"))
+    first, second = document.chunks(), document.chunks()
+    begun = [next(first), next(second), next(first)]
+    same = [begun[0] + begun[2] + "".join(first) == FRENCH * 100, begun[1] + "".join(second) == FRENCH * 100]
+    assert all(same)
+    place = next(piece.place for piece in document.pieces() if piece.place)
+    assert "".join(piece.text for piece in document.pieces(place)) == (FRENCH * 100).encode()[place:].decode()
+
+
 @pytest.mark.parametrize("text", ["short", "x" * (1 << 22) + "tail"], ids=len)
 def test_standard_input_is_read_to_its_end(stdin, text):
     (document,) = expand(["-"], stdin(text, "utf-8"))

@@ -353,6 +353,32 @@ def test_several_processes_make_the_same_bytes_as_one(large, tmp_path, order):
     assert contents(tmp_path / "shared") == contents(tmp_path / "one")
 
 
+def test_the_same_text_in_other_units_is_not_completed(large, tmp_path):
+    records, key = [f"Record {i}, and more of it. " for i in range(400)], {}
+    for name, write_table in (("cut/t.jsonl", lambda r: "".join(json.dumps({"text": t}) + "\n" for t in r)), ("whole/t.csv", lambda r: "\n".join(["text", *r]))):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(write_table(records), encoding="utf-8")
+        text = prepare._Text([str(tmp_path / name)], TextConfig(tokenizer="byte"), None)
+        key[name] = (text.scan.fingerprint, len(text.units), text.key)
+    cut, whole = key["cut/t.jsonl"], key["whole/t.csv"]
+    assert cut[0] == whole[0]
+    assert cut[1] > whole[1] == 1
+    assert cut[2] != whole[2]
+    assert fill(tmp_path / "cut", tmp_path / "data", (1, 2), tokenizer="byte")
+    with pytest.raises(UserError, match="holds the tokens of another text"):
+        fill(tmp_path / "whole", tmp_path / "data", tokenizer="byte")
+
+
+def test_units_that_are_not_the_whole_text_get_no_index(large, tmp_path):
+    assert fill(large, tmp_path / "data", (1, 2))
+    unit = tmp_path / "data" / "unit-00000.json"
+    about = json.loads(unit.read_text(encoding="utf-8"))
+    unit.write_text(json.dumps(about | {"text_bytes": about["text_bytes"] - 1}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"hold .* bytes of text, not"):
+        fill(large, tmp_path / "data")
+    assert not (tmp_path / "data" / "index.json").exists()
+
+
 def test_the_parts_of_several_machines_are_completed_when_they_are_together(large, tmp_path):
     fill(large, tmp_path / "one")
     for i in (1, 2):

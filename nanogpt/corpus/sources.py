@@ -14,13 +14,14 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+import threading
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from nanogpt.corpus import formats
 from nanogpt.corpus.encoding import HEAD, not_text
@@ -185,12 +186,38 @@ def _spooled(name: str, stream: BinaryIO) -> Source:
     shutil.copyfileobj(stream, spool, formats.CHUNK)
     spool.flush()
 
-    def reopen() -> BinaryIO:
-        copy = os.fdopen(os.dup(spool.fileno()), "rb")
-        copy.seek(0)
-        return copy
+    lock = threading.Lock()
+    return Source(name, lambda: io.BufferedReader(_Reading(spool, lock), formats.CHUNK))
 
-    return Source(name, reopen)
+
+class _Reading(io.RawIOBase):
+    """A reading of a file that others read at the same time: with a place of its own, which copies of a descriptor have not."""
+
+    def __init__(self, file: IO[bytes], lock: threading.Lock):
+        self._file, self._lock, self._place = file, lock, 0
+
+    def readable(self) -> bool:
+        """As every stream that is read says."""
+        return True
+
+    def seekable(self) -> bool:
+        """As every stream that has places says."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a byte of the file."""
+        with self._lock:
+            self._file.seek(self._place)
+            self._place = self._file.seek(offset, whence)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer as far as the file goes."""
+        with self._lock:
+            self._file.seek(self._place)
+            size = self._file.readinto(buffer)  # type: ignore[attr-defined]
+        self._place += size
+        return size
 
 
 def _python_docs() -> list[Source]:

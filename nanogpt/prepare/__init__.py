@@ -31,7 +31,7 @@ from nanogpt.prepare.scan import Scan, note_unknown
 from nanogpt.prepare.shards import ranges, read_unit, tokenizer_id, write_unit
 from nanogpt.tokenizer import Tokenizer, train_tokenizer
 
-VERSION = 2  # of the prepared files
+VERSION = 3  # of the prepared files
 OWN = ("train-", "val-", "unit-", "tokenizer.json", "index.json", "checked.json")  # how the names of a prepared folder's files begin
 MOST_THREADS = 8  # that encode at a time; each takes some 10 MB, and tokenizers that need more processors use them by themselves
 STILL_WRITTEN = 60.0  # seconds since a file was last written to, up to which somebody may be about to go on
@@ -172,6 +172,7 @@ class _Text:
             note_unknown(self.scan.texts(), tokenizer)
         made_by = [tokenizer.to_json()] if tokenizer is not None else [_identity(settings.tokenizer), settings.vocab_size]
         identity = [VERSION, self.scan.fingerprint, settings.val and self.held_out.fingerprint, *made_by]
+        identity += [[unit.offset for unit in scan.units] for scan in (self.scan, self.held_out)]  # of the same text a table is cut elsewhere than an archive
         self.key = hashlib.sha256(json.dumps([*identity, settings.val_bytes]).encode()).hexdigest()[:20]
         self.split = self.scan.all_in("train") if settings.val else self.scan.split(settings.val_bytes)
         self.units = [(scan, unit) for scan in (self.scan, self.held_out) for unit in range(len(scan.units))]
@@ -246,6 +247,8 @@ class _Text:
         if any(unit["tokenizer"] != tokenizer_id(tokenizer) for unit in units):
             what = f"The units in {folder.absolute()} were encoded with different tokenizers."
             raise UserError(what, "Remove the folder, and prepare all of it with the same version of nanogpt.")
+        if (found := sum(unit["text_bytes"] for unit in units)) != (whole := self.scan.total + self.held_out.total):
+            raise UserError(f"The units in {folder.absolute()} hold {found:,} bytes of text, not {whole:,}.", "Remove the folder, and prepare all of it again.")
         used = np.zeros(tokenizer.vocab_size, bool)
         for first, behind in (pair for unit in units for pair in unit["used"]):
             used[first:behind] = True
