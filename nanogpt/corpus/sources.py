@@ -108,6 +108,12 @@ def findable(source: str) -> str:
     return source if source == "-" or (source in BUILT_IN and not os.path.exists(source)) else os.path.abspath(os.path.expanduser(source))
 
 
+def is_prepared(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds prepared text, or the beginning of it."""
+    index = os.path.join(folder, "index.json")
+    return os.path.isdir(folder) and (os.path.isfile(index) or next(Path(folder).glob("unit-*.json"), None) is not None)
+
+
 def _sources(source: str, encoding: str | None) -> list[Source]:
     """The texts behind one word of the command line. A path that exists comes before a built-in text of the same name."""
     place = os.path.expanduser(source)
