@@ -172,6 +172,14 @@ def test_a_text_to_validate_on_leaves_the_other_whole(tmp_path):
     assert prepared.about["split"] == "the text given with --val is held out"
 
 
+def test_a_validation_text_within_the_text_is_not_trained_on(library):
+    prepared = make(library, val=str(library / "7.txt"))
+    assert prepared.about["documents"] == 39
+    assert not set(prepared.train[:].tolist()) >= set(prepared.val[:].tolist())
+    with pytest.raises(UserError, match="held out by --val"):
+        make(library / "7.txt", val=str(library))
+
+
 def test_a_folder_to_validate_on_gives_its_documents_whole(tmp_path, library):
     prepared = make(*write(tmp_path, "hello world " * 20), val=str(library))
     assert len(whole_documents(prepared.val[:], prepared.tokenizer.end)) == 40

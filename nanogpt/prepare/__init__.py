@@ -187,8 +187,11 @@ class _Text:
         if folder := next((source for source in [*sources, settings.val or ""] if is_prepared(findable(source))), None):
             fix = "Name the texts that it was made of, or train on it alone: nanogpt train FOLDER."
             raise UserError(f"{folder} is a folder of prepared text, which cannot be joined with others or held out.", fix)
-        self.scan = Scan(expand(sources, settings.encoding, settings.field))
-        self.held_out = Scan(expand([settings.val] if settings.val else [], settings.encoding, settings.field))
+        named, held_out = (expand(words, settings.encoding, settings.field) for words in (sources, [settings.val] if settings.val else []))
+        apart = {source.identity for source in held_out}
+        if not (kept := [source for source in named if source.identity not in apart]) and named:
+            raise UserError("All of the text is held out by --val: nothing is left to train on.", "Name another text to validate on, or leave out --val.")
+        self.scan, self.held_out = Scan(kept), Scan(held_out)
         if tokenizer is not None:
             note_unknown(self.scan.texts(), tokenizer)
         made_by = [tokenizer.to_json()] if tokenizer is not None else [_identity(settings.tokenizer), settings.vocab_size]
