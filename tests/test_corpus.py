@@ -438,17 +438,17 @@ def test_a_folder_may_mix_them(tmp_path):
 
 
 def test_what_nanogpt_wrote_and_tables_without_the_field_are_left_out_of_a_folder(folder):
-    for name in ("runs/x/config.toml", "runs/x/metrics.jsonl", "data/index.json", "data/tokenizer.json", "part/unit-00003.json"):
+    for name in ("runs/x/config.toml", "runs/x/metrics.jsonl", "data/index.json", "data/tokenizer.json", "part/unit-00003.json", "web/index.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}\n", encoding="utf-8")
     for kind in ("jsonl", "csv", "parquet"):
         (folder / f"other.{kind}").write_bytes(table(kind, RECORDS, "body"))
         (folder / f"table.{kind}").write_bytes(table(kind, RECORDS))
     with pytest.warns(Notice) as notices:
-        assert names(folder) == ["a.md", "b.txt", "table.csv", "table.jsonl", "table.parquet", "sub/c.txt", "sub/deep/d"]
+        assert names(folder) == ["a.md", "b.txt", "table.csv", "table.jsonl", "table.parquet", "sub/c.txt", "sub/deep/d", "web/index.json"]
     said = [str(notice.message) for notice in notices]
     assert [each.split(" and are left out: ")[1] for each in said] == ["other.csv, other.jsonl, other.parquet", "data, part, runs/x"]
-    assert said[0].startswith("3 of 10 files")
+    assert said[0].startswith("3 of 11 files")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])

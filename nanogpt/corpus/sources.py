@@ -114,9 +114,11 @@ def findable(source: str) -> str:
 
 
 def is_prepared(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds prepared text, or the beginning of it."""
-    index = os.path.join(folder, "index.json")
-    return os.path.isdir(folder) and (os.path.isfile(index) or next(Path(folder).glob("unit-*.json"), None) is not None)
+    """Whether a folder holds prepared text, or the beginning of it; an index.json alone may be somebody else's."""
+    if not os.path.isdir(folder):  # of what is too long for a name too
+        return False
+    whole = all(os.path.isfile(os.path.join(folder, name)) for name in ("index.json", "tokenizer.json"))
+    return whole or next(Path(folder).glob("unit-[0-9][0-9][0-9][0-9][0-9].json"), None) is not None
 
 
 def _sources(source: str, encoding: str | None, field: str | None) -> list[Source]:

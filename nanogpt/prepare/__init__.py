@@ -117,7 +117,7 @@ def open_prepared(folder: Path) -> Prepared:
         _check(folder, index["files"])
         names = [file["name"] for file in index["files"] if file["name"].endswith(".bin")]
         train, val = (open_tokens([folder / name for name in names if name.startswith(split)], tokenizer.vocab_size) for split in ("train", "val"))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         if not (folder / "index.json").exists() and is_prepared(folder):
             fix = "Bring all units into this folder, if they were made in several, and run `nanogpt prepare TEXT --out` with it: it makes what is missing."
             raise UserError(f"Not all of the text in {folder} is prepared: there is no index.json.", fix) from error
