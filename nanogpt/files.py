@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nanogpt.errors import UserError
@@ -61,8 +61,9 @@ def write_text(path: Path, text: str) -> None:
 def sweep(folder: Path, older_than: float) -> None:
     """Remove what killed processes left unfinished in a folder more than so many seconds ago."""
     for path in folder.glob(".*.unfinished"):
-        if time.time() - path.stat().st_mtime >= older_than:
-            discard(path)
+        with suppress(FileNotFoundError):  # somebody else finished or removed it
+            if time.time() - path.stat().st_mtime >= older_than:
+                discard(path)
 
 
 @contextmanager

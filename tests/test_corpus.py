@@ -170,6 +170,16 @@ def test_standard_input_can_be_read_again(stdin):
     assert ["".join(document.chunks()) for _ in range(3)] == [FRENCH * 1000] * 3
 
 
+def test_readings_of_standard_input_do_not_disturb_each_other(stdin, small_chunks):
+    (document,) = expand(["-"], stdin(FRENCH * 100, "utf-8"))
+    first, second = document.chunks(), document.chunks()
+    begun = [next(first), next(second), next(first)]
+    same = [begun[0] + begun[2] + "".join(first) == FRENCH * 100, begun[1] + "".join(second) == FRENCH * 100]
+    assert all(same)
+    place = next(piece.place for piece in document.pieces() if piece.place)
+    assert "".join(piece.text for piece in document.pieces(place)) == (FRENCH * 100).encode()[place:].decode()
+
+
 @pytest.mark.parametrize("text", ["short", "x" * (1 << 22) + "tail"], ids=len)
 def test_standard_input_is_read_to_its_end(stdin, text):
     (document,) = expand(["-"], stdin(text, "utf-8"))
@@ -427,6 +437,27 @@ def test_a_folder_may_mix_them(tmp_path):
     assert of(tmp_path) == ["a.md.xz", "b.jsonl.gz", "c.csv", "d.parquet"]
 
 
+def test_what_nanogpt_wrote_and_tables_without_the_field_are_left_out_of_a_folder(folder):
+    for name in ("runs/x/config.toml", "runs/x/metrics.jsonl", "data/index.json", "data/tokenizer.json", "part/unit-00003.json", "web/index.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}\n", encoding="utf-8")
+    for kind in ("jsonl", "csv", "parquet"):
+        (folder / f"other.{kind}").write_bytes(table(kind, RECORDS, "body"))
+        (folder / f"table.{kind}").write_bytes(table(kind, RECORDS))
+    with pytest.warns(Notice) as notices:
+        assert names(folder) == ["a.md", "b.txt", "table.csv", "table.jsonl", "table.parquet", "sub/c.txt", "sub/deep/d", "web/index.json"]
+    said = [str(notice.message) for notice in notices]
+    assert [each.split(" and are left out: ")[1] for each in said] == ["other.csv, other.jsonl, other.parquet", "data, part, runs/x"]
+    assert said[0].startswith("3 of 11 files")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_table_without_a_field_that_was_asked_for_is_not_left_out(folder, kind):
+    (folder / f"table.{kind}").write_bytes(table(kind, RECORDS))
+    with pytest.raises(UserError, match="'body'"):
+        [document for source in expand([str(folder)], field="body") for document in source.chunks()]
+
+
 @pytest.mark.parametrize("packing", [".gz", ".xz", ".zst"])
 def test_an_archive_that_is_cut_short_is_refused_also_in_a_folder(tmp_path, packing):
     path = packed(tmp_path / f"a.txt{packing}", "".join(f"{hash(str(i))} " for i in range(20_000)).encode())
@@ -453,6 +484,7 @@ def test_a_table_that_is_cut_short_is_refused(tmp_path):
     ("line", "said"),
     [
         (b'{"text": "b"', "line 3 is no JSON"),
+        (b"[" * 200_000, "line 3 is no JSON"),
         (b'["b"]', "line 3: this is no JSON object but a list"),
         (b'{"body": 1, "id": 2}', "line 3: the record has no field 'text'. Its fields: 'body', 'id'."),
         (b'{"text": 7}', "line 3: 'text' is no text but 7"),
@@ -463,6 +495,13 @@ def test_a_table_that_is_cut_short_is_refused(tmp_path):
 def test_a_wrong_line_of_json_is_named(tmp_path, line, said):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n\n' + line + b"\n")
     assert said in complaint(tmp_path / "a.jsonl")
+
+
+def test_an_unknown_encoding_of_a_table_is_refused(tmp_path):
+    for kind in ("jsonl", "csv"):
+        (tmp_path / f"a.{kind}").write_bytes(table(kind, RECORDS))
+        with pytest.raises(UserError, match="no encoding 'utf-9'"):
+            list(expand([str(tmp_path / f"a.{kind}")], "utf-9")[0].chunks())
 
 
 def test_a_row_without_its_column_is_named(tmp_path):

@@ -21,7 +21,7 @@ from nanogpt.config import TextConfig
 from nanogpt.corpus import formats
 from nanogpt.errors import UserError
 from nanogpt.evaluate import ngram_losses
-from nanogpt.files import cache_dir
+from nanogpt.files import cache_dir, sweep
 from nanogpt.prepare import open_prepared, scan
 from nanogpt.prepare.shards import write_unit
 from nanogpt.tokenizer import train_tokenizer
@@ -172,6 +172,14 @@ def test_a_text_to_validate_on_leaves_the_other_whole(tmp_path):
     assert prepared.about["split"] == "the text given with --val is held out"
 
 
+def test_a_validation_text_within_the_text_is_not_trained_on(library):
+    prepared = make(library, val=str(library / "7.txt"))
+    assert prepared.about["documents"] == 39
+    assert not set(prepared.train[:].tolist()) >= set(prepared.val[:].tolist())
+    with pytest.raises(UserError, match="held out by --val"):
+        make(library / "7.txt", val=str(library))
+
+
 def test_a_folder_to_validate_on_gives_its_documents_whole(tmp_path, library):
     prepared = make(*write(tmp_path, "hello world " * 20), val=str(library))
     assert len(whole_documents(prepared.val[:], prepared.tokenizer.end)) == 40
@@ -191,7 +199,7 @@ def test_copies_in_other_encodings_are_the_same_text(tmp_path):
 def test_what_was_prepared_is_found_again_and_not_touched(story):
     first = make(story)
     files = sorted(Path(first.about["folder"]).iterdir())
-    assert [file.name for file in files] == ["checked.json", "index.json", "tokenizer.json", "train-00000.bin", "unit-00000.json", "val-00000.bin"]
+    assert [file.name for file in files] == [".key", "checked.json", "index.json", "tokenizer.json", "train-00000.bin", "unit-00000.json", "val-00000.bin"]
     before = [file.stat().st_mtime_ns for file in files]
     copy = shutil.copy(story, story.with_name("copy.txt"))
     second = make(copy)
@@ -353,6 +361,33 @@ def test_several_processes_make_the_same_bytes_as_one(large, tmp_path, order):
     assert contents(tmp_path / "shared") == contents(tmp_path / "one")
 
 
+def test_the_same_text_in_other_units_is_not_completed(large, tmp_path):
+    records, key = [f"Record {i} and more of it. " for i in range(400)], {}
+    tables = {"cut/t.jsonl": "".join(json.dumps({"text": record}) + "\n" for record in records), "whole/t.csv": "\n".join(["text", *records])}
+    for name, table in tables.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(table, encoding="utf-8")
+        text = prepare._Text([str(tmp_path / name)], TextConfig(tokenizer="byte"), None)
+        key[name] = (text.scan.fingerprint, len(text.units), text.key)
+    cut, whole = key["cut/t.jsonl"], key["whole/t.csv"]
+    assert cut[0] == whole[0]
+    assert cut[1] > whole[1] == 1
+    assert cut[2] != whole[2]
+    assert fill(tmp_path / "cut", tmp_path / "data", (1, 2), tokenizer="byte")
+    with pytest.raises(UserError, match="holds the tokens of another text"):
+        fill(tmp_path / "whole", tmp_path / "data", tokenizer="byte")
+
+
+def test_units_that_are_not_the_whole_text_get_no_index(large, tmp_path):
+    assert fill(large, tmp_path / "data", (1, 2))
+    unit = tmp_path / "data" / "unit-00000.json"
+    about = json.loads(unit.read_text(encoding="utf-8"))
+    unit.write_text(json.dumps(about | {"text_bytes": about["text_bytes"] - 1}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"hold .* bytes of text, not"):
+        fill(large, tmp_path / "data")
+    assert not (tmp_path / "data" / "index.json").exists()
+
+
 def test_the_parts_of_several_machines_are_completed_when_they_are_together(large, tmp_path):
     fill(large, tmp_path / "one")
     for i in (1, 2):
@@ -448,6 +483,66 @@ def test_a_folder_with_something_else_is_refused(large, tmp_path, story):
     for share in ((0, 2), (3, 2), (1, 0)):
         with pytest.raises(UserError, match="is no share"):
             fill(large, tmp_path / "other", share)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "train-00000-of-00002.parquet", "index.json"])
+def test_files_of_somebody_else_are_left_alone(story, tmp_path, name):
+    foreign = tmp_path / "gpt2" / name
+    foreign.parent.mkdir()
+    foreign.write_text(train_tokenizer("byte", []).to_json(), encoding="utf-8")
+    with pytest.raises(UserError, match=f"no folder of prepared text: it holds {name}"):
+        prepare.prepare_folder([str(story)], TextConfig(), foreign.parent)
+    assert foreign.read_text(encoding="utf-8") == train_tokenizer("byte", []).to_json()
+
+
+def test_a_file_that_is_renamed_while_a_folder_is_swept_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter([folder / ".a.unfinished"]))
+    sweep(tmp_path, older_than=0)
+
+
+def test_prepared_text_is_not_read_as_text(large, story, tmp_path):
+    fill(large, tmp_path / "data", tokenizer="byte")
+    for sources, text in (([tmp_path / "data", story], {}), ([story], {"val": str(tmp_path / "data")})):
+        with pytest.raises(UserError, match="folder of prepared text, which cannot be joined"):
+            make(*sources, **text)
+
+
+def test_a_text_in_place_of_a_path_is_told_from_one():
+    with pytest.raises(UserError, match="a text itself"):
+        make("This is the text itself, not its name. " * 300)
+
+
+def test_what_was_prepared_with_relative_paths_takes_the_same_flags(story, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("val.txt").write_text("held out, all of it", encoding="utf-8")
+    Path("tokenizer.json").write_text(train_tokenizer("byte", []).to_json(), encoding="utf-8")
+    flags = {"val": "val.txt", "tokenizer": "tokenizer.json"}
+    prepare.prepare_folder([str(story)], TextConfig(**flags), tmp_path / "data")
+    assert make(tmp_path / "data", **{name: str(tmp_path / path) for name, path in flags.items()}).about["text"]["val"] == str(tmp_path / "val.txt")
+
+
+def test_a_folder_of_another_version_or_with_another_tokenizer_is_refused(story, tmp_path):
+    prepare.prepare_folder([str(story)], TextConfig(tokenizer="byte"), tmp_path / "data")
+    index, tokenizer = tmp_path / "data" / "index.json", tmp_path / "data" / "tokenizer.json"
+    before = index.read_text(encoding="utf-8")
+    index.write_text(json.dumps(json.loads(before) | {"version": 1}), encoding="utf-8")
+    with pytest.raises(UserError, match="another version of nanogpt: its format is 1"):
+        make(tmp_path / "data")
+    index.write_text(before, encoding="utf-8")
+    tokenizer.write_text(train_tokenizer("char", ["abc"]).to_json(), encoding="utf-8")
+    with pytest.raises(UserError, match="is not the tokenizer that"):
+        make(tmp_path / "data")
+
+
+def test_a_copy_that_kept_its_times_is_checked_again(story, tmp_path):
+    prepare.prepare_folder([str(story)], TextConfig(tokenizer="byte"), tmp_path / "data")
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")
+    shard = tmp_path / "copy" / "train-00000.bin"
+    times = shard.stat()
+    shard.write_bytes(bytes(times.st_size))
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UserError, match="is damaged"):
+        make(tmp_path / "copy")
 
 
 def test_a_text_that_changes_while_it_is_read_is_refused(story, tmp_path, monkeypatch):

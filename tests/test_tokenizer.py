@@ -344,6 +344,22 @@ def test_a_huge_text_gives_a_sample_spread_evenly_and_says_so(monkeypatch, n_byt
         assert b"".join(kinds._sample("bpe", [text[:10_000]], n_bytes and 10_000)[0]).decode() == text[:10_000]
 
 
+def test_a_sample_that_rounds_up_to_a_block_is_not_halved(monkeypatch):
+    monkeypatch.setattr(kinds, "SAMPLE_BYTES", 10_050)
+    monkeypatch.setattr(kinds, "BLOCK", 100)
+    with pytest.warns(Notice, match="a sample"):
+        blocks, _ = kinds._sample("bpe", ["x" * 20_100], 20_100)
+    assert sum(map(len, blocks)) == 10_100
+
+
+@pytest.mark.parametrize("kind", ["byte", "file"])
+def test_a_tokenizer_that_does_not_depend_on_the_text_does_not_read_it(tmp_path, kind):
+    (tmp_path / "tokenizer.json").write_text(train_tokenizer("byte", []).to_json(), encoding="utf-8")
+    chunks = iter(["never read"])
+    train_tokenizer(kind if kind == "byte" else str(tmp_path), chunks)
+    assert list(chunks) == ["never read"]
+
+
 @pytest.mark.parametrize("kind", ["word", "bpe"])
 def test_what_is_rare_in_a_sample_is_spelled_and_comes_back(kind, monkeypatch, story):
     monkeypatch.setattr(kinds, "SAMPLE_BYTES", 1000)

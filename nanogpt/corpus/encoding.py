@@ -67,7 +67,7 @@ def decoded(blocks: Iterable[bytes], where: str, encoding: str | None = None) ->
 
 def find_encoding(head: bytes, where: str, encoding: str | None = None) -> tuple[str, int]:
     """The encoding to read with, and the length of the mark to skip, for a text that begins with `head`. Errors: `UserError` for what is no text."""
-    asked = None if encoding is None else _codec(encoding)
+    asked = None if encoding is None else codec(encoding)
     for mark, marked in MARKS.items():
         if head.startswith(mark) and asked in (None, marked):
             return marked, len(mark)
@@ -99,7 +99,7 @@ def not_text(head: bytes, encoding: str | None = None) -> str | None:
     return "a binary file (it has zero bytes)" if zeros else None
 
 
-def _codec(encoding: str) -> str:
+def codec(encoding: str) -> str:
     """Python's own name of an encoding. Errors: `UserError` when it has none of that name for text."""
     try:
         "".encode(encoding)

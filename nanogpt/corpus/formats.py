@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, NamedTuple
 
-from nanogpt.corpus.encoding import decoded, find_encoding, undecodable
+from nanogpt.corpus.encoding import codec, decoded, find_encoding, undecodable
 from nanogpt.errors import UserError
 
 CHUNK = 1 << 18  # bytes read at a time
@@ -27,6 +27,10 @@ LONGEST_CELL = 2**31 - 1  # characters of a CSV cell; the csv module allows 131,
 PACKINGS = (".gz", ".xz", ".zst")
 WORD_END = re.compile(r"\S(?=[ \n])")  # behind it a text may be cut: tokenizers begin something new at white space
 DEFAULT_FIELD = "text"
+
+
+class NoField(UserError):
+    """A table, or a record of one, lacks the field that was asked for."""
 
 
 class Piece(NamedTuple):
@@ -109,7 +113,7 @@ def _text(stream: BinaryIO, where: str, encoding: str | None, seekable: bool, be
 
 def _jsonl(stream: BinaryIO, where: str, encoding: str | None, field: str, seekable: bool, begin: int, until: int | None) -> Iterator[Piece]:
     """A document a line. Lines of JSON are UTF-8 (RFC 8259, section 8.1), if nothing else is said."""
-    offset = begin
+    offset, encoding = begin, codec(encoding) if encoding is not None else "utf-8"
     if begin:
         stream.seek(begin)
     for number, line in enumerate(stream, start=1):
@@ -117,11 +121,11 @@ def _jsonl(stream: BinaryIO, where: str, encoding: str | None, field: str, seeka
             return
         data = line.removeprefix(codecs.BOM_UTF8) if number == 1 and not begin else line
         try:
-            text = data.decode(encoding or "utf-8")
+            text = data.decode(encoding)
             record = json.loads(text) if not text.isspace() else None
         except UnicodeDecodeError as error:
-            raise undecodable(error, where, encoding or "utf-8", offset + error.start, number) from error
-        except ValueError as error:  # not JSON, or a number of too many digits
+            raise undecodable(error, where, encoding, offset + error.start, number) from error
+        except (ValueError, RecursionError) as error:  # not JSON, a number of too many digits, or brackets in brackets in brackets
             what = f"{where} is not JSONL: line {number:,} is no JSON ({error})."
             raise UserError(what, "Each line is one JSON object. If the file was cut off, remove its last line; a plain text is to be named .txt.") from error
         if record is not None:
@@ -135,7 +139,7 @@ def _field(record: Any, field: str, place: str) -> str:
         raise UserError(f"{place}: this is no JSON object but a {type(record).__name__}.", 'Each line is to be like {"text": "…"}.')
     if field not in record:
         there = ", ".join(map(repr, record)) or "none"
-        raise UserError(f"{place}: the record has no field {field!r}. Its fields: {there}.", "Name the field that holds the text with --field.")
+        raise NoField(f"{place}: the record has no field {field!r}. Its fields: {there}.", "Name the field that holds the text with --field.")
     return _string(record[field], field, place)
 
 
@@ -168,7 +172,7 @@ def _csv(stream: BinaryIO, where: str, encoding: str | None, field: str) -> Iter
 
 def _column(names: list[str], field: str, where: str) -> int:
     if field not in names:
-        raise UserError(f"{where} has no column {field!r}. Its columns: {', '.join(map(repr, names))}.", "Name the column that holds the text with --field.")
+        raise NoField(f"{where} has no column {field!r}. Its columns: {', '.join(map(repr, names))}.", "Name the column that holds the text with --field.")
     return names.index(field)
 
 

@@ -14,13 +14,14 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+import threading
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from nanogpt.corpus import formats
 from nanogpt.corpus.encoding import HEAD, not_text
@@ -51,6 +52,11 @@ class Source:
     def size(self) -> int:
         """Bytes on the disk; 0 of what is no file."""
         return self.path.stat().st_size if self.path else 0
+
+    @property
+    def identity(self) -> Path | str:
+        """What is the same only for the same text."""
+        return self.path.resolve() if self.path else self.name
 
     def pieces(self, begin: int = 0, until: int | None = None) -> Iterator[Piece]:
         """The documents in pieces of at most some millions of characters, from the byte that is one piece's `place` to that of another, or the end.
@@ -95,10 +101,10 @@ def expand(words: Iterable[str], encoding: str | None = None, field: str | None 
     A word is a file, a folder (every text file in it), a glob, `-` for standard input, or `python`, `python-docs` or `shakespeare`.
     Errors: `UserError` when a word names nothing, with where it looked and what has a similar name.
     """
-    found: dict[object, Source] = {}
+    found: dict[Path | str, Source] = {}
     for word in words:
-        for source in _sources(word, encoding):
-            found.setdefault(source.path.resolve() if source.path else source.name, replace(source, encoding=encoding, field=field))
+        for source in _sources(word, encoding, field):
+            found.setdefault(source.identity, replace(source, encoding=encoding, field=field))
     return list(found.values())
 
 
@@ -107,7 +113,15 @@ def findable(source: str) -> str:
     return source if source == "-" or (source in BUILT_IN and not os.path.exists(source)) else os.path.abspath(os.path.expanduser(source))
 
 
-def _sources(source: str, encoding: str | None) -> list[Source]:
+def is_prepared(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds prepared text, or the beginning of it; an index.json alone may be somebody else's."""
+    if not os.path.isdir(folder):  # of what is too long for a name too
+        return False
+    whole = all(os.path.isfile(os.path.join(folder, name)) for name in ("index.json", "tokenizer.json"))
+    return whole or next(Path(folder).glob("unit-[0-9][0-9][0-9][0-9][0-9].json"), None) is not None
+
+
+def _sources(source: str, encoding: str | None, field: str | None) -> list[Source]:
     """The texts behind one word of the command line. A path that exists comes before a built-in text of the same name."""
     place = os.path.expanduser(source)
     if source == "-" and sys.stdin is None:
@@ -115,7 +129,7 @@ def _sources(source: str, encoding: str | None) -> list[Source]:
     if source == "-":
         return [_spooled("standard input", sys.stdin.buffer)]
     if os.path.isdir(place):
-        return _folder(Path(place), encoding)
+        return _folder(Path(place), encoding, field)
     if os.path.isfile(place):
         return [_file(os.path.basename(place), Path(place))]
     if os.path.exists(place):
@@ -134,22 +148,53 @@ def _file(name: str, path: Path) -> Source:
     return Source(name, lambda: formats.open_bytes(path), path=path.absolute())
 
 
-def _folder(folder: Path, encoding: str | None) -> list[Source]:
-    """Every text file below a folder, by name; hidden files are skipped, and what is not text is skipped and listed."""
+def _folder(folder: Path, encoding: str | None, field: str | None) -> list[Source]:
+    """Every text file below a folder, by name; hidden files are skipped, and skipped and listed is what is not text, what Nano-GPT wrote itself, and, where
+    no `field` was asked for, tables without the usual one."""
     texts: list[Source] = []
-    left_out: list[Source] = []
+    not_texts, written, tables = [], [], []
     for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        ours = [name for name in folders if is_prepared(path := os.path.join(parent, name)) or _is_run(path)]
+        written += [Path(parent, name).relative_to(folder).as_posix() for name in sorted(ours) if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in ours)
         for name in sorted(name for name in names if not name.startswith(".")):
-            source = _file(Path(parent, name).relative_to(folder).as_posix(), Path(parent, name))
-            (texts if _readable(source, encoding) else left_out).append(source)
-    if left_out:
-        some = ", ".join(source.name for source in left_out[:3]) + (", …" if len(left_out) > 3 else "")
-        count = f"{len(left_out)} of {len(left_out) + len(texts)}"
-        warnings.warn(f"{count} files in {folder} are not text and are left out: {some}", Notice, stacklevel=2)
+            source = replace(_file(Path(parent, name).relative_to(folder).as_posix(), Path(parent, name)), encoding=encoding, field=field)
+            if not _readable(source, encoding):
+                not_texts.append(source.name)
+            elif field is None and _lacks_field(source):
+                tables.append(source.name)
+            else:
+                texts.append(source)
+    total = len(texts) + len(not_texts) + len(tables)
+    _leave_out(not_texts, f"{len(not_texts)} of {total} files in {folder} are not text")
+    _leave_out(tables, f"{len(tables)} of {total} files in {folder} are tables without a field {formats.DEFAULT_FIELD!r} (--field names another)")
+    _leave_out(written, f"{len(written)} of the folders in {folder} are runs or prepared text")
     if not texts:
         raise UserError(f"There is no text file in the folder {folder.absolute()} (looked at every file below it).")
     return texts
+
+
+def _leave_out(names: list[str], why: str) -> None:
+    if names:
+        some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        warnings.warn(f"{why} and are left out: {some}", Notice, stacklevel=2)
+
+
+def _is_run(folder: str) -> bool:
+    return all(os.path.isfile(os.path.join(folder, name)) for name in ("config.toml", "metrics.jsonl"))
+
+
+def _lacks_field(source: Source) -> bool:
+    """Whether a table's first record has no field of the name that was asked for, or the usual one. Whatever else is wrong is named when it is read."""
+    if not source.is_table:
+        return False
+    try:
+        next(source.pieces(), None)
+    except formats.NoField:
+        return True
+    except UserError:
+        pass
+    return False
 
 
 def _readable(source: Source, encoding: str | None) -> bool:
@@ -185,12 +230,38 @@ def _spooled(name: str, stream: BinaryIO) -> Source:
     shutil.copyfileobj(stream, spool, formats.CHUNK)
     spool.flush()
 
-    def reopen() -> BinaryIO:
-        copy = os.fdopen(os.dup(spool.fileno()), "rb")
-        copy.seek(0)
-        return copy
+    lock = threading.Lock()
+    return Source(name, lambda: io.BufferedReader(_Reading(spool, lock), formats.CHUNK))
 
-    return Source(name, reopen)
+
+class _Reading(io.RawIOBase):
+    """A reading of a file that others read at the same time: with a place of its own, which copies of a descriptor have not."""
+
+    def __init__(self, file: IO[bytes], lock: threading.Lock):
+        self._file, self._lock, self._place = file, lock, 0
+
+    def readable(self) -> bool:
+        """As every stream that is read says."""
+        return True
+
+    def seekable(self) -> bool:
+        """As every stream that has places says."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a byte of the file."""
+        with self._lock:
+            self._file.seek(self._place)
+            self._place = self._file.seek(offset, whence)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer as far as the file goes."""
+        with self._lock:
+            self._file.seek(self._place)
+            size = self._file.readinto(buffer)  # type: ignore[attr-defined]
+        self._place += size
+        return size
 
 
 def _python_docs() -> list[Source]:

@@ -6,12 +6,13 @@ Refuses: a text with too little to train on or to validate on, a folder that hol
 
 The folder fills up unit by unit, each under its name only when it is whole, so a killed process, or another one, goes on where it ended, and many may share the
 work. Whoever finds all units done writes `index.json`. The sizes of the files are checked whenever it is opened, which costs nothing; their
-checksums, a second or two for each gigabyte, once: `checked.json` remembers by size and time of change what this machine wrote or checked.
+checksums, a second or two for each gigabyte, once: `checked.json` remembers by size, time of change and number on the disk what this machine wrote or checked.
 """
 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt.config import TextConfig
-from nanogpt.corpus import expand, findable
+from nanogpt.config import TextConfig, is_path
+from nanogpt.corpus import expand, findable, is_prepared
 from nanogpt.data import Documents, Tokens, open_tokens, token_dtype
 from nanogpt.errors import UserError
 from nanogpt.evaluate import ngram_losses
@@ -31,10 +32,11 @@ from nanogpt.prepare.scan import Scan, note_unknown
 from nanogpt.prepare.shards import ranges, read_unit, tokenizer_id, write_unit
 from nanogpt.tokenizer import Tokenizer, train_tokenizer
 
-VERSION = 2  # of the prepared files
-OWN = ("train-", "val-", "unit-", "tokenizer.json", "index.json", "checked.json")  # how the names of a prepared folder's files begin
+VERSION = 3  # of the prepared files
+OWN = re.compile(r"(train|val)-\d{5}\.(bin|ends)|unit-\d{5}\.json|(tokenizer|index|checked)\.json")  # the names of a prepared folder's files
+KEY = ".key"  # written first: says what text a folder is for before it holds any unit
 MOST_THREADS = 8  # that encode at a time; each takes some 10 MB, and tokenizers that need more processors use them by themselves
-STILL_WRITTEN = 60.0  # seconds since a file was last written to, up to which somebody may be about to go on
+STILL_WRITTEN = 86_400.0  # seconds since a file was last written to, by this clock or that of another machine, up to which somebody may be at it
 
 
 @dataclass(frozen=True)
@@ -69,21 +71,22 @@ def prepare(sources: Sequence[str], settings: TextConfig, tokenizer: Tokenizer |
 
     Errors: `UserError` when a source is not there or not text, when the text is too short, or when the disk is full.
     """
-    if len(sources) == 1 and is_prepared(folder := Path(findable(sources[0]))):
-        prepared = open_prepared(folder)
+    settings = _absolute(settings)
+    if len(sources) == 1 and is_prepared(folder := findable(sources[0])):
+        prepared = open_prepared(Path(folder))
         _require_same_settings(prepared.about["text"], settings, sources[0], {"tokenizer", "vocab_size"} if tokenizer is not None else set())
         if tokenizer is not None and tokenizer.to_json() != prepared.tokenizer.to_json():
             raise UserError(f"{sources[0]} was prepared with another tokenizer than the model's.", "Name the text itself.")
     else:
         text = _Text(sources, settings, tokenizer)
-        folder = cache_dir() / "tokens" / text.key
+        cached = cache_dir() / "tokens" / text.key
         try:
-            prepared = open_prepared(folder)
+            prepared = open_prepared(cached)
         except UserError:  # not there, not all there, or no longer what it was
-            if (folder / "index.json").exists():
-                discard(folder)
-            text.write(folder)
-            prepared = open_prepared(folder)
+            if (cached / "index.json").exists():
+                discard(cached)
+            text.write(cached)
+            prepared = open_prepared(cached)
     return replace(prepared, about=prepared.about | {"sources": [findable(source) for source in sources]})
 
 
@@ -95,13 +98,8 @@ def prepare_folder(sources: Sequence[str], settings: TextConfig, folder: Path, s
     i, n = share
     if not 1 <= i <= n:
         raise UserError(f"--shard {i}/{n} is no share of the work.", "Use --shard 1/2 in one process and --shard 2/2 in the other, for example.")
-    missing = _Text(sources, settings).write(folder, i, n)
+    missing = _Text(sources, _absolute(settings)).write(folder, i, n)
     return missing or open_prepared(folder)
-
-
-def is_prepared(folder: Path) -> bool:
-    """Whether a folder holds prepared text, or the beginning of it."""
-    return (folder / "index.json").is_file() or next(folder.glob("unit-*.json"), None) is not None
 
 
 def open_prepared(folder: Path) -> Prepared:
@@ -109,10 +107,17 @@ def open_prepared(folder: Path) -> Prepared:
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         tokenizer = Tokenizer.from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        if index["version"] != VERSION:
+            what = f"{folder} was prepared by another version of nanogpt: its format is {index['version']}, not {VERSION}."
+            raise UserError(what, "Prepare the text again, into another folder.")
+        if index["tokenizer"] != tokenizer_id(tokenizer):
+            raise UserError(
+                f"{folder / 'tokenizer.json'} is not the tokenizer that the text was prepared with.", "Prepare the text again, into another folder."
+            )
         _check(folder, index["files"])
         names = [file["name"] for file in index["files"] if file["name"].endswith(".bin")]
         train, val = (open_tokens([folder / name for name in names if name.startswith(split)], tokenizer.vocab_size) for split in ("train", "val"))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         if not (folder / "index.json").exists() and is_prepared(folder):
             fix = "Bring all units into this folder, if they were made in several, and run `nanogpt prepare TEXT --out` with it: it makes what is missing."
             raise UserError(f"Not all of the text in {folder} is prepared: there is no index.json.", fix) from error
@@ -128,7 +133,7 @@ def _check(folder: Path, files: Sequence[dict[str, Any]]) -> None:
         path = folder / file["name"]
         state = path.stat()
         problem = f"it has {state.st_size:,} bytes, not {file['bytes']:,}" if state.st_size != file["bytes"] else None
-        if not problem and checked.get(file["name"]) != [state.st_size, state.st_mtime_ns]:
+        if not problem and checked.get(file["name"]) != _state(path):
             with path.open("rb") as content:
                 found = hashlib.file_digest(content, "sha256").hexdigest()
             problem = f"its SHA-256 is {found[:16]}…, not {file['sha256'][:16]}…" if found != file["sha256"] else None
@@ -147,11 +152,24 @@ def _checked(folder: Path) -> dict[str, list[int]]:
 
 def _remember(folder: Path, names: Sequence[str]) -> None:
     """Note of some files that they are known to be right as they are."""
-    states = {name: (folder / name).stat() for name in names}
+    states = {name: _state(folder / name) for name in names}
     with suppress(OSError):  # others may only read the folder
         if states:
-            known = _checked(folder) | {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
-            write_text(folder / "checked.json", json.dumps(known))
+            write_text(folder / "checked.json", json.dumps(_checked(folder) | states))
+
+
+def _state(path: Path) -> list[int]:
+    """What changes when a file does; its number on the disk changes also where a copy keeps the time."""
+    state = path.stat()
+    return [state.st_size, state.st_mtime_ns, state.st_ino]
+
+
+def _absolute(settings: TextConfig) -> TextConfig:
+    """The same settings, with paths that mean the same from every folder."""
+    paths = {"val": findable(settings.val)} if settings.val else {}
+    if is_path(settings.tokenizer):
+        paths["tokenizer"] = os.path.abspath(os.path.expanduser(settings.tokenizer))
+    return settings.model_copy(update=paths)
 
 
 def _require_same_settings(before: dict[str, Any], settings: TextConfig, folder: str, free: set[str]) -> None:
@@ -166,12 +184,19 @@ class _Text:
 
     def __init__(self, sources: Sequence[str], settings: TextConfig, tokenizer: Tokenizer | None = None):
         self.settings, self.tokenizer = settings, tokenizer
-        self.scan = Scan(expand(sources, settings.encoding, settings.field))
-        self.held_out = Scan(expand([settings.val] if settings.val else [], settings.encoding, settings.field))
+        if folder := next((source for source in [*sources, settings.val or ""] if is_prepared(findable(source))), None):
+            fix = "Name the texts that it was made of, or train on it alone: nanogpt train FOLDER."
+            raise UserError(f"{folder} is a folder of prepared text, which cannot be joined with others or held out.", fix)
+        named, held_out = (expand(words, settings.encoding, settings.field) for words in (sources, [settings.val] if settings.val else []))
+        apart = {source.identity for source in held_out}
+        if not (kept := [source for source in named if source.identity not in apart]) and named:
+            raise UserError("All of the text is held out by --val: nothing is left to train on.", "Name another text to validate on, or leave out --val.")
+        self.scan, self.held_out = Scan(kept), Scan(held_out)
         if tokenizer is not None:
             note_unknown(self.scan.texts(), tokenizer)
         made_by = [tokenizer.to_json()] if tokenizer is not None else [_identity(settings.tokenizer), settings.vocab_size]
         identity = [VERSION, self.scan.fingerprint, settings.val and self.held_out.fingerprint, *made_by]
+        identity += [[unit.offset for unit in scan.units] for scan in (self.scan, self.held_out)]  # of the same text a table is cut elsewhere than an archive
         self.key = hashlib.sha256(json.dumps([*identity, settings.val_bytes]).encode()).hexdigest()[:20]
         self.split = self.scan.all_in("train") if settings.val else self.scan.split(settings.val_bytes)
         self.units = [(scan, unit) for scan in (self.scan, self.held_out) for unit in range(len(scan.units))]
@@ -189,6 +214,7 @@ class _Text:
         size = sum(scan.bytes_of(unit) for scan, unit in (self.units[number] for number in mine))
         require_space(folder, size * token_dtype(tokenizer.vocab_size).itemsize)  # a token is a byte of the text or more of it
         folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / KEY, json.dumps({"key": self.key}))
         write_text(folder / "tokenizer.json", tokenizer.to_json())
         self._encode(folder, tokenizer, mine)
         units = [read_unit(folder, number) for number in range(len(self.units))]
@@ -201,7 +227,8 @@ class _Text:
                 discard(folder)
             raise
         files = [file for unit in units if unit for file in unit["files"]]
-        write_text(folder / "index.json", json.dumps({"version": VERSION, "key": self.key, "about": about, "files": files}, indent=1))
+        index = {"version": VERSION, "key": self.key, "tokenizer": tokenizer_id(tokenizer), "about": about, "files": files}
+        write_text(folder / "index.json", json.dumps(index, indent=1))
         sweep(folder, older_than=STILL_WRITTEN)
         return []
 
@@ -231,21 +258,21 @@ class _Text:
         """Errors: `UserError` for a folder with anything but a part of what is to be written there."""
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder.absolute()} is a file.", "Choose another folder: --out FOLDER.")
-        foreign = sorted(path.name for path in folder.glob("[!.]*") if not path.name.startswith(OWN))
-        if foreign:
+        keys = {key for path in [folder / KEY, folder / "index.json", *folder.glob("unit-*.json")] if (key := _key_in(path)) is not None}
+        if keys - {self.key}:
+            what = f"{folder.absolute()} holds the tokens of another text, or of this one before it changed or with other settings."
+            raise UserError(what, "Remove the folder, or choose another: --out FOLDER.")
+        if foreign := sorted(path.name for path in folder.glob("[!.]*") if not (keys and OWN.fullmatch(path.name))):
             what = f"{folder.absolute()} is no folder of prepared text: it holds {', '.join(foreign[:3])}."
             raise UserError(what, "Choose another folder: --out FOLDER.")
-        for path in folder.glob("unit-*.json"):
-            with suppress(ValueError):
-                if json.loads(path.read_text(encoding="utf-8")).get("key") != self.key:
-                    what = f"{folder.absolute()} holds the tokens of another text, or of this one before it changed or with other settings."
-                    raise UserError(what, "Remove the folder, or choose another: --out FOLDER.")
 
     def _about(self, folder: Path, tokenizer: Tokenizer, units: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What is known of the text when all of it is encoded. Errors: `UserError` for a text that is too short, or units with other tokens."""
         if any(unit["tokenizer"] != tokenizer_id(tokenizer) for unit in units):
             what = f"The units in {folder.absolute()} were encoded with different tokenizers."
             raise UserError(what, "Remove the folder, and prepare all of it with the same version of nanogpt.")
+        if (found := sum(unit["text_bytes"] for unit in units)) != (whole := self.scan.total + self.held_out.total):
+            raise UserError(f"The units in {folder.absolute()} hold {found:,} bytes of text, not {whole:,}.", "Remove the folder, and prepare all of it again.")
         used = np.zeros(tokenizer.vocab_size, bool)
         for first, behind in (pair for unit in units for pair in unit["used"]):
             used[first:behind] = True
@@ -260,6 +287,15 @@ class _Text:
             "symbols": int(np.count_nonzero(used)), "train_tokens": len(train), "val_tokens": len(val),
             "baselines": ngram_losses(train, val), "unused": ranges(~used), "text": self.settings.model_dump(),
         }  # fmt: skip
+
+
+def _key_in(path: Path) -> str | None:
+    """The key of the text that a file of a prepared folder belongs to; None where it is not there, or no such file."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return about.get("key") if isinstance(about, dict) else None
 
 
 def _identity(tokenizer: str) -> str:

@@ -51,7 +51,8 @@ def write_unit(folder: Path, number: int, scan: Scan, unit: int, split: Split, t
             for ids in tokenizer.encode_chunks(texts) if kind == "part" else map(tokenizer.encode_array, texts):
                 shard.write(ids)
         files = [file for shard in shards.values() for file in shard.finish()]
-    about = {"key": key, "tokenizer": tokenizer_id(tokenizer), "files": files, "val_bytes": size.bytes, "val_words": size.words}
+    about = {"key": key, "tokenizer": tokenizer_id(tokenizer), "files": files, "text_bytes": scan.bytes_of(unit)}  # which `_stretches` saw to
+    about |= {"val_bytes": size.bytes, "val_words": size.words}
     about["used"] = ranges(shards["train"].used)  # different tokens of the training split
     write_text(folder / f"unit-{number:05}.json", json.dumps(about))
     return [file["name"] for file in files]

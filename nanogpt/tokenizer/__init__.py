@@ -154,7 +154,8 @@ class Tokenizer:
 
 
 def train_tokenizer(kind: str, chunks: Iterable[str], vocab_size: int | None = None, n_bytes: int | None = None) -> Tokenizer:
-    """Make the tokenizer of a text, given in pieces that are read once and to their end; `kind` is a row of `KINDS`, or the path of a tokenizer.json.
+    """Make the tokenizer of a text, given in pieces that are read once, or not at all where it does not depend on them; `kind` is a row of `KINDS`, or the
+    path of a tokenizer.json.
 
     `vocab_size` is for word and bpe, and otherwise suggested by the size of the text (`kinds.suggested_size`); `n_bytes` is that size, as far as it is known
     beforehand. Of a huge text a sample is taken, which a `Notice` says.
@@ -165,10 +166,7 @@ def train_tokenizer(kind: str, chunks: Iterable[str], vocab_size: int | None = N
                         f"Leave it out, or use --tokenizer {' or --tokenizer '.join(SIZED)}.")  # fmt: skip
     if kind in KINDS:
         return Tokenizer(KINDS[kind](chunks, vocab_size, n_bytes))
-    made = _from_file(kind)
-    for _ in chunks:
-        pass
-    return made
+    return _from_file(kind)
 
 
 def _from_file(name: str) -> Tokenizer:

@@ -1,6 +1,6 @@
 """The kinds of tokenizers, each made from a text.
 
-In: a text in pieces, read once and to its end. Out: a `tokenizers.Tokenizer` in one of the forms of `exact`.
+In: a text in pieces, read once, where the tokenizer depends on it. Out: a `tokenizers.Tokenizer` in one of the forms of `exact`.
 Refuses: a vocabulary that is larger than the text supports, or too small for all bytes.
 
 char: each character of the text is a token, any other is spelled by the 256 tokens of bytes. byte: the 256 bytes. word: words, and single signs and white
@@ -38,8 +38,6 @@ def char(chunks: Iterable[str], vocab_size: int | None = None, n_bytes: int | No
 
 def byte(chunks: Iterable[str], vocab_size: int | None = None, n_bytes: int | None = None) -> tokenizers.Tokenizer:
     """The 256 bytes by their values; then the end. The same for every text."""
-    for _ in chunks:
-        pass
     backend = tokenizers.Tokenizer(models.BPE(vocab={name: i for i, name in enumerate([*LETTERS, END])}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -109,7 +107,7 @@ def _with_fallback(units: list[str], ignore_merges: bool = False) -> tokenizers.
 
 
 def _sample(kind: str, chunks: Iterable[str], n_bytes: int | None) -> tuple[list[bytes], int]:
-    """The text, or of a large one blocks of UTF-8 spread evenly over it, `SAMPLE_BYTES` at most; and the size of the whole text in bytes.
+    """The text, or of a large one blocks of UTF-8 spread evenly over it, `SAMPLE_BYTES` and a block at most; and the size of the whole text in bytes.
 
     Every so manieth block is taken; when they become too many, every second of them is dropped. Where the size `n_bytes` is known
     beforehand, that never happens, and the sample is as large as it may be.
@@ -122,7 +120,7 @@ def _sample(kind: str, chunks: Iterable[str], n_bytes: int | None) -> tuple[list
         if number % stride == 0:
             taken.append(utf8)
             size += len(utf8)
-        if size > SAMPLE_BYTES:
+        if size > SAMPLE_BYTES + 4 * BLOCK:  # a stride gives up to one block more than its share
             taken, stride = taken[::2], 2 * stride
             size = sum(map(len, taken))
     if size < total:
