@@ -58,6 +58,8 @@ MAY_CHANGE = {
     "checkpoint_activations",
 } | MachineConfig.model_fields.keys()  # when a run goes on; all else would make it another run
 
+SAME_TEXT = ("fingerprint", "val_fingerprint", "train_tokens", "val_tokens")  # by which a text is known again: what it says, and how it was cut
+
 
 @dataclass(frozen=True)
 class Evaluation(Loss):
@@ -354,16 +356,18 @@ def _text_of(run: Path, settled: Config, sources: Sequence[str] = ()) -> Prepare
         raise UserError(what, "Train anew: --overwrite, or --out ANOTHER_FOLDER.") from error
     if not sources:
         with suppress(UserError):  # the cache may have been cleaned
-            return replace(open_prepared(Path(about["folder"])), about=about)
+            prepared = open_prepared(Path(about["folder"]))
+            if all(prepared.about[name] == about[name] for name in SAME_TEXT):  # or a folder that a person named holds another text by now
+                return replace(prepared, about=about)
     if not sources and "-" in about["sources"]:
         raise UserError(f"The text of {run} came from standard input, and its tokens are no longer in {about['folder']}.", "Give it the text again.")
     prepared = prepare(sources or about["sources"], settled.text, checkpoint.load(run).tokenizer if "init_from" in about else None)
-    if any(prepared.about[name] != about[name] for name in ("fingerprint", "val_fingerprint")):
+    if any(prepared.about[name] != about[name] for name in SAME_TEXT[:2]):
         sizes = [f"{text['train_bytes'] + text['val_bytes']:,} bytes, SHA-256 {text['fingerprint'][:16]}…" for text in (about, prepared.about)]
         raise UserError(
             f"The text is not the one the run in {run} began with: then {sizes[0]}; now {sizes[1]}.", "Give it the same text, or train anew with --out FOLDER."
         )
-    if prepared.about["train_tokens"] != about["train_tokens"]:
+    if any(prepared.about[name] != about[name] for name in SAME_TEXT[2:]):
         raise UserError(
             f"The tokenizer of {run} ({settled.text.tokenizer}) makes other tokens than when the run began: then {about['train_tokens']:,} of the same "
             f"text, now {prepared.about['train_tokens']:,}.",

@@ -13,6 +13,8 @@ B batch, T time, C channels (n_embd), H query heads, K key and value heads, D ch
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -144,8 +146,15 @@ class Attention(nn.Module):
             end = S - T + begin + block.shape[2]
             first, last = (0, S) if self.window is None else (max(0, end - block.shape[2] - self.window + 1), end)
             inputs = block, k[:, :, first:last], v[:, :, first:last], last - end, own
-            y[:, :, begin : begin + rows] = checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
+            y[:, :, begin : begin + rows] = made_again(attend, *inputs)
         return y
+
+
+def made_again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """function(*inputs), of which only the inputs are kept for the backward pass (Chen et al. 2016, section 3)."""
+    if not torch.is_grad_enabled():  # nothing is kept, and PyTorch's function would first import the compiler, which takes a second and 100 MB
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def causal_mask(T: int, S: int, device: torch.device, window: int | None = None, behind: int = 0) -> Tensor:
@@ -232,6 +241,11 @@ def norm(config: ModelConfig) -> nn.Module:
     return nn.RMSNorm(config.n_embd, EPSILON) if config.arch == "modern" else nn.LayerNorm(config.n_embd)
 
 
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """Without numbers in it yet: on the meta device, drawing them would import the compiler."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
 class GPT(nn.Module):
     """The whole network.
 
@@ -243,9 +257,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
         self.checkpoints = False
-        self.wte = nn.Embedding(vocab_size, config.n_embd)
+        self.wte = embedding(vocab_size, config.n_embd)
         if config.arch == "classic":
-            self.wpe = nn.Embedding(config.context_length, config.n_embd)
+            self.wpe = embedding(config.context_length, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = norm(config)
         if config.arch == "modern":
@@ -309,7 +323,7 @@ class GPT(nn.Module):
             x, turn = F.rms_norm(x, x.shape[2:], eps=EPSILON), turns(positions, self.config.n_embd // self.config.n_head, self.config.rope_base)
         for block, place in zip(self.blocks, places, strict=True):
             inputs = x, turn, mask, place, cache
-            x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if self.checkpoints else block(*inputs)
+            x = made_again(block, *inputs) if self.checkpoints else block(*inputs)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
@@ -344,4 +358,4 @@ class GPT(nn.Module):
         if len(x) <= rows:
             return [of(x, targets)]
         pieces = zip(x.split(rows), targets.split(rows), strict=True)
-        return [checkpoint(of, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+        return [made_again(of, *piece) for piece in pieces]

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from nanogpt import model as network
@@ -309,3 +310,27 @@ def test_memory_grows_no_faster_than_the_context(what, shape):
     near, middle, far = map(int, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
     assert far - middle < 3 * max(middle - near, 30_000)  # KiB; in proportion it is 2 times, by the square 4
     assert far < 500_000  # a number for each pair of tokens would be 1 GiB in each head
+
+
+WITHOUT_COMPILER = """
+import sys
+import numpy as np
+import nanogpt
+from nanogpt import checkpoint, evaluate, machine, model
+from nanogpt.config import MachineConfig, ModelConfig
+
+model.QUERIES, model.SCORES = 4, 50  # an evaluation goes by blocks and in pieces, and a step does not
+place = machine.choose(MachineConfig(device="cpu", dtype="float32", threads=1))
+whole = checkpoint.empty_model(ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=16), 11, "cpu")
+whole.fuse_attention(False)
+whole.checkpoint_activations(True)
+evaluate.evaluate(whole, np.arange(40) % 11, 40, place)
+model.QUERIES, model.SCORES = 1024, 2**25
+nanogpt.train(sys.argv[1], **eval(sys.argv[2]))
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_neither_an_evaluation_nor_a_plain_step_imports_the_compiler(story):
+    words = [sys.executable, "-c", WITHOUT_COMPILER, str(story), repr(TINY | {"steps": 2, "device": "cpu"})]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "False\n"

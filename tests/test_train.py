@@ -17,10 +17,11 @@ from conftest import TINY
 
 import nanogpt
 from nanogpt import checkpoint, config, evaluate, library, machine, plan, recipe, trainer
-from nanogpt.config import ModelConfig
+from nanogpt.config import ModelConfig, TextConfig
 from nanogpt.errors import Notice, UserError
 from nanogpt.files import cache_dir
 from nanogpt.model import GPT
+from nanogpt.prepare import prepare_folder
 from nanogpt.report import Evaluated, Finished, Sampled, Saved, Saving, Started, Stepped
 from nanogpt.tokenizer import train_tokenizer
 
@@ -678,6 +679,20 @@ def test_prepared_text_that_is_gone_is_made_again(story, tmp_path):
     assert nanogpt.load(tmp_path / "run", dtype="float32").evaluate().val_loss == expected
     shutil.rmtree(folder)  # and all of it
     assert nanogpt.load(tmp_path / "run", dtype="float32").evaluate().val_loss == expected
+
+
+def test_a_prepared_folder_that_holds_another_text_by_now_is_refused(story, tmp_path):
+    other, data, run = tmp_path / "other.txt", tmp_path / "data", tmp_path / "run"
+    prepare_folder([str(story)], TextConfig(), data)
+    nanogpt.train(data, run, **RUN | {"steps": 2})
+    before = (run / "text.json").read_bytes()
+    shutil.rmtree(data)
+    other.write_text(story.read_text().replace("fox", "dog"))
+    prepare_folder([str(other)], TextConfig(), data)
+    for go_on in (lambda: nanogpt.train(out=run, resume=True, steps=4), lambda: nanogpt.load(run).evaluate()):
+        with pytest.raises(UserError, match="is not the one the run"):
+            go_on()
+    assert (run / "text.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "word", "bpe", "tokenizer.json"])
