@@ -205,9 +205,9 @@ class Trainer:
 
     def accumulate(self) -> Tensor:
         """The same, without a second try. Each row has its own dropout key, so that the parts make no difference but by rounding."""
-        count, rows = self.targets(self.upcoming[1]), self.settings.micro_batch_size or self.settings.batch_size
+        (*tensors, count), rows = self.upcoming, self.settings.micro_batch_size or self.settings.batch_size
         summed = torch.zeros((), device=self.machine.device)
-        for x, y, keys in zip(*(tensor.split(rows) for tensor in self.upcoming), strict=True):  # (b, T), (b, T), (b,)
+        for x, y, keys in zip(*(tensor.split(rows) for tensor in tensors), strict=True):  # (b, T), (b, T), (b,)
             with self.machine.autocast():
                 nats = self.nats(x, y, keys)
             (nats / count).backward()
@@ -257,21 +257,19 @@ class Trainer:
         """Whether all steps are done, or there is no time for another."""
         return self.position.step >= (self.settings.steps or math.inf) or self.elapsed() + self.step_seconds >= self.budget
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The batch of a step on its way to the device: x (B, T), y (B, T) and keys (B,)."""
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The batch of a step on its way to the device: x (B, T), y (B, T) and keys (B,); and how many targets there are: all, but for those behind the end
+        of a document. They are counted here: a GPU would have to be waited for."""
         B = self.settings.batch_size
         x, y, keys = data.batch(self.text.train, self.settings.seed, step, range(B), B, self.model.config.context_length, self.text.windows)
-        return self.machine.send(x), self.machine.send(y), self.machine.send(keys)
-
-    def targets(self, y: Tensor) -> int:
-        """How many of the targets y (B, T) there are to predict: all, but for those behind the end of a document."""
-        return y.numel() if self.text.windows is None else int((y != data.IGNORED).sum())
+        count = y.numel() if self.text.windows is None else int((y != data.IGNORED).sum())
+        return self.machine.send(x), self.machine.send(y), self.machine.send(keys), count
 
     def step(self) -> Stepped:
         """One update of the weights, on the batch that belongs to this step. A GPU is asked for its numbers only when it has all its work."""
         begin = time.perf_counter()
         settings, position = self.settings, self.position
-        count = self.targets(self.upcoming[1])
+        count = self.upcoming[3]
         progress, middle = self.progress(1.0), self.progress(0.5)
         nats = self.gradients()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip or math.inf)
