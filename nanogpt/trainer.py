@@ -47,7 +47,8 @@ class Position:
     expected_steps: float = 0.0  # that the run was taken to have when it began: all of them, or as many as seemed to fit into its time
     nats: float = 0.0  # training loss since the last evaluation, as a sum
     tokens: int = 0  # and a count
-    before: float | None = None  # validation loss of the earlier model that the run began from, if it did
+    before: float | None = None  # validation loss of the earlier model that the run began from, if it did,
+    before_tokens: int = 0  # and on how many tokens
     val_tokens: int | None = None  # that an evaluation during the run takes, None for all: always the same, or "best" would mean nothing
     history: list[Point] = field(default_factory=list)
 
@@ -310,7 +311,7 @@ class Trainer:
     def measure_first(self) -> Began:
         """The validation loss before the first step, on the tokens of the evaluations to come."""
         loss = self.validation_loss(self.model, self.position.val_tokens)
-        self.position.before, self.position.seconds = loss.val_loss, self.elapsed()
+        self.position.before, self.position.before_tokens, self.position.seconds = loss.val_loss, loss.tokens, self.elapsed()
         return Began(0, loss.val_loss, loss.bits_per_byte, loss.tokens, self.position.seconds)
 
     def sample(self, count: int = SAMPLE.max_tokens) -> Sampled:
@@ -336,10 +337,11 @@ class Trainer:
             loss = Loss(kept.summary["val_nats"], kept.summary["val_tokens"], kept.summary["val_bytes"], kept.summary.get("val_words", 0))
         else:
             loss = self.validation_loss(kept.model, None)
-        judged = verdict(self.position.history, self.text.about["baselines"], loss.val_loss, self.settings.minutes)
+        judged = verdict(self.position.history, self.text.about["baselines"], loss.val_loss, self.settings.minutes, self.position.before)
         summary = kept.summary | self.summary(loss) | {"step": kept.summary["step"], "verdict": judged.asdict(), "finished": self.position.step}
         checkpoint.save_model(self.run / "model.safetensors", kept.model, self.text.tokenizer, summary)
-        return Finished(self.position.step, kept.summary["step"], loss, self.text.about["baselines"], judged, self.position.seconds, self.position.before)
+        before = self.position.before, self.position.before_tokens
+        return Finished(self.position.step, kept.summary["step"], loss, self.text.about["baselines"], judged, self.position.seconds, *before)
 
     def summary(self, loss: Loss | None) -> dict[str, Any]:
         """What a model file tells of its training, besides weights, settings and tokenizer; without a loss, before the first evaluation, less."""
@@ -349,7 +351,7 @@ class Trainer:
             summary |= {"val_loss": loss.val_loss, "bits_per_byte": loss.bits_per_byte}
             summary |= {"val_nats": loss.nats, "val_tokens": loss.tokens, "val_bytes": loss.bytes, "val_words": loss.words}
             minutes = self.settings.minutes and self.settings.minutes * self.progress(0.0)
-            summary["verdict"] = verdict(self.position.history, about["baselines"], minutes=minutes).asdict()
+            summary["verdict"] = verdict(self.position.history, about["baselines"], minutes=minutes, before=self.position.before).asdict()
         return summary
 
     def validation_loss(self, model: GPT, limit: int | None) -> Loss:
