@@ -16,7 +16,7 @@ import torch
 from conftest import TINY
 
 import nanogpt
-from nanogpt import checkpoint, config, evaluate, library, machine, plan, recipe, trainer
+from nanogpt import checkpoint, config, data, evaluate, library, machine, plan, recipe, trainer
 from nanogpt.config import ModelConfig, TextConfig
 from nanogpt.errors import Notice, UserError
 from nanogpt.files import cache_dir
@@ -679,6 +679,14 @@ def test_prepared_text_that_is_gone_is_made_again(story, tmp_path):
     assert nanogpt.load(tmp_path / "run", dtype="float32").evaluate().val_loss == expected
     shutil.rmtree(folder)  # and all of it
     assert nanogpt.load(tmp_path / "run", dtype="float32").evaluate().val_loss == expected
+
+
+def test_targets_are_counted_before_they_leave_the_processor(make_model):
+    text = SimpleNamespace(train=np.arange(8, dtype=np.uint8), windows=data.Documents(np.array([3, 8]), 8))
+    settings = SimpleNamespace(batch_size=2, seed=1)
+    run = SimpleNamespace(settings=settings, text=text, model=make_model(), machine=SimpleNamespace(send=lambda tensor: tensor.to("meta")))
+    x, y, _, count = trainer.Trainer.batch(run, 0)
+    assert (x.device.type, y.shape, count) == ("meta", (2, 8), 2 + 4)  # meta tensors cannot be counted
 
 
 def test_an_evaluation_ends_documents_as_the_training_did(story, tmp_path):
