@@ -134,7 +134,7 @@ def sample(
 
 @app.command(name="eval")
 def evaluate(
-    model: Path, /, *text: str, context_length: int | None = None, encoding: str | None = None, by_position: Switch = False,
+    model: Path, /, *text: str, context_length: int | None = None, encoding: str | None = None, field: str | None = None, by_position: Switch = False,
     as_json: AsJson = False, machine: PlaceSettings = PlaceConfig(),
 ) -> None:  # fmt: skip
     """Measure a model on a text, next to n-gram baselines.
@@ -149,6 +149,8 @@ def evaluate(
         Look back on fewer tokens than the model can.
     encoding
         Encoding of the text files.
+    field
+        Field of a JSONL file, or column of a CSV or Parquet table, that holds the text. [default: as in the model's run]
     by_position
         Also the loss by how far into its context a token stands, which shows whether a longer context helps.
     as_json
@@ -158,7 +160,7 @@ def evaluate(
 
     _end_quietly_with_the_reader()
     result = library.load(model, **machine.model_dump(exclude_unset=True)).evaluate(
-        *text, context_length=context_length, encoding=encoding, by_position=by_position
+        *text, context_length=context_length, encoding=encoding, field=field, by_position=by_position
     )
     if as_json:
         numbers = {"val_loss": result.val_loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens, "baselines": result.baselines}

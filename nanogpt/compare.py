@@ -30,6 +30,8 @@ RUN_MARKS = ("config.toml", "metrics.jsonl", "model.safetensors")  # any of them
 PACED = ("steps", "eval_every", "learning_rate", "matrix_learning_rate")  # what the recipe fits to the steps that it foresees in a run by the clock,
 PACE = 0.1  # and how far that may be apart between runs which differ in nothing else
 ALIKE = ("seed", "micro_batch_size", "checkpoint_activations")  # settings that set no run apart: chance, and how a step is cut to fit into memory
+ABOUT = {"fingerprint": str, "val_fingerprint": str, "sources": list, "val_bytes": int, "val_tokens": int}  # what is needed of a text.json,
+LINES = ({"step", "seconds", "progress", "tokens", "tokens_per_second"}, {"step", "seconds", "val_loss", "bits_per_byte", "val_tokens"})  # and of a line
 Known = TypeVar("Known")
 
 
@@ -142,7 +144,7 @@ def _read(folder: Path) -> Run:
             return None
 
     settings = known(lambda: flatten(resolve(read_toml(folder / "config.toml")))) or {}
-    about = known(lambda: json.loads((folder / "text.json").read_text(encoding="utf-8"))) or {}
+    about = known(lambda: _about(folder / "text.json")) or {}
     records = known(lambda: _records(folder / "metrics.jsonl")) or []
     parts = known(lambda: checkpoint.load(folder))
     summary = parts.summary if parts else {}
@@ -177,6 +179,15 @@ def _read(folder: Path) -> Run:
     )
 
 
+def _about(path: Path) -> dict[str, Any]:
+    """What a text.json tells. Errors: `ValueError` where it lacks something."""
+    about = json.loads(path.read_text(encoding="utf-8"))
+    right = isinstance(about, dict) and all(isinstance(about.get(name), kind) for name, kind in ABOUT.items())
+    if not right or not all(isinstance(source, str) for source in about["sources"]):
+        raise ValueError(f"{path} does not tell all of a text: {', '.join(ABOUT)}.")
+    return about
+
+
 def _records(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, up to what a dying machine left unreadable."""
     records = []
@@ -184,6 +195,8 @@ def _records(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError:
+            break
+        if not isinstance(record, dict) or not any(all(isinstance(record.get(name), int | float) for name in names) for names in LINES):
             break
         records.append(record)
     return records

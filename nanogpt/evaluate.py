@@ -175,21 +175,32 @@ class Verdict:
         return asdict(self)
 
 
-def verdict(history: Sequence[Point], baselines: dict[str, float], kept: float | None = None, minutes: float | None = None) -> Verdict:
-    """Judge a run by its evaluations; `kept` is the loss of the best model on the whole split, where that is known; `minutes` is for a run by the clock.
+def verdict(
+    history: Sequence[Point], baselines: dict[str, float], kept: float | None = None, minutes: float | None = None, before: float | None = None
+) -> Verdict:
+    """Judge a run by its evaluations; `kept` is the loss of the best model on the whole split, where that is known; `minutes` is for a run by the clock;
+    `before` is the loss of the model that it began from, on the tokens of the evaluations.
 
     Overfitted or diverged: the last validation loss is at least 1 % above the best, while the training loss went on falling, or rose too.
     Undertrained: by the trend over the second half (the loss as a straight line in the logarithm of the step), doubling the
-    steps would win another 1 %, or the best baseline is not beaten yet. Healthy: none of these.
+    steps would win another 1 %, or the best baseline is not beaten yet. Healthy: none of these. Never better than `before`: diverged, or
+    undertrained where validation still falls.
     """
     last, best = history[-1], min(history, key=lambda point: point.val_loss)
+    behind = before is not None and best.val_loss > before
+    worse = f"it is still behind the model it began from ({before:.3f}; {best.val_loss:.3f} at its best)" if behind else ""
     if last.val_loss > 1.01 * best.val_loss:
         where = f"(validation {best.val_loss:.3f} there, {last.val_loss:.3f} at the end). The model saved is that of step {best.step:,}"
+        where += f", and {worse}" if behind else ""
         if last.train_loss < best.train_loss:
             cure = "more text, more dropout or a smaller model would help"
             return Verdict("overfitted", f"Overfitted: since step {best.step:,} it improves only on the training text {where}; {cure}.")
         return Verdict("diverged", f"Diverged: since step {best.step:,} it gets worse even on the training text {where}; lower the learning rate.")
     gain, now = _gain_of_doubling(history), best.val_loss if kept is None else kept
+    if worse and gain is not None and gain <= 0.01 * last.val_loss:
+        return Verdict("diverged", f"Diverged: {worse}; lower the learning rate.")
+    if worse:
+        return _undertrained(worse, last.step, 2 * last.step, minutes)
     baseline = min(baselines, key=lambda name: baselines[name], default=None)
     if baseline and now > baselines[baseline]:
         steps = max(2 * last.step, _steps_to(baselines[baseline], history))

@@ -17,11 +17,14 @@ FINE_TUNING = 0.25  # of the usual learning rates: GPT was trained at 2.5e-4, an
 SHAPE = ("arch", "n_layer", "n_head", "n_kv_head", "n_embd")  # what a run that begins from an earlier model cannot change
 
 
-def earlier_model(path: str | os.PathLike[str], settings: dict[str, Any]) -> checkpoint.Parts:
+def earlier_model(path: str | os.PathLike[str], given: dict[str, Any]) -> checkpoint.Parts:
     """The model that a run begins from. Errors: `UserError` where there is none, or where the settings ask for another tokenizer."""
-    if {"tokenizer", "vocab_size"} & settings.keys():
-        raise UserError("A model keeps its tokenizer, with which it has learned.", "Leave out --tokenizer and --vocab-size, or --init-from.")
-    return checkpoint.load(os.fspath(path))
+    earlier = checkpoint.load(os.fspath(path))
+    own = {"tokenizer": earlier.tokenizer.kind, "vocab_size": earlier.tokenizer.vocab_size}
+    if other := [f"{name} = {given[name]}" for name in own if given.get(name) not in (None, own[name])]:
+        what = f"A model keeps its tokenizer, with which it has learned: {own['tokenizer']} with {own['vocab_size']:,} tokens, not {' and '.join(other)}."
+        raise UserError(what, "Leave out --tokenizer and --vocab-size, also in the --config, or leave out --init-from.")
+    return earlier
 
 
 def continuing(given: dict[str, Any], earlier: ModelConfig) -> dict[str, Any]:
@@ -40,7 +43,7 @@ def continuing(given: dict[str, Any], earlier: ModelConfig) -> dict[str, Any]:
             f"The model has learned {before['context_length']:,} positions, and cannot look back on {after['context_length']:,} tokens.",
             f"Use --context-length {before['context_length']} or less; a model of --arch modern can be stretched.",
         )
-    if factor > 1 and after["rope_base"] == before["rope_base"]:
+    if factor > 1 and "rope_base" not in given:
         settings["rope_base"] = stretched_base(before["rope_base"], factor, earlier.n_embd // earlier.n_head)
     if given.get("minutes") is not None and "dropout" not in given:
         del settings["dropout"]  # the recipe knows the text

@@ -37,12 +37,12 @@ from nanogpt.config import (
     to_toml,
 )
 from nanogpt.corpus import expand, findable
-from nanogpt.data import Tokens
+from nanogpt.data import Tokens, token_dtype
 from nanogpt.errors import Notice, UserError
 from nanogpt.evaluate import Loss, PositionLoss, Size, Verdict, evaluate, loss_by_position, ngram_losses
 from nanogpt.files import locked, require_space, sweep, write_text
 from nanogpt.plan import SHARE, flops_per_token
-from nanogpt.prepare import Prepared, open_prepared, prepare
+from nanogpt.prepare import Prepared, is_prepared, open_prepared, prepare
 from nanogpt.recipe import Choice
 from nanogpt.report import Event, Interrupted, RunLog, Started, Stopping
 from nanogpt.tokenizer import Tokenizer
@@ -101,9 +101,12 @@ class Model:
         drawn = generate.tokens(self._model, ids, settings, seed, self._writer, unused)
         return generate.text(self.tokenizer, drawn, settings.stop)
 
-    def evaluate(self, *text: str | os.PathLike[str], context_length: int | None = None, encoding: str | None = None, by_position: bool = False) -> Evaluation:
+    def evaluate(
+        self, *text: str | os.PathLike[str], context_length: int | None = None, encoding: str | None = None, field: str | None = None, by_position: bool = False
+    ) -> Evaluation:
         """The loss on a text, or without one on the validation split of the run that made the model; also by the position in the context, if asked for.
 
+        `field` is what holds the text in a table's records: without it, what held that of the run.
         Errors: `UserError` when there is no such text, or when the context is longer than the model's.
         """
         own = self._model.config.context_length
@@ -118,7 +121,7 @@ class Model:
             prepared = None
         tokens: Tokens | np.ndarray
         if text:
-            tokens, n_bytes, n_words = self._encode([os.fspath(path) for path in text], encoding)
+            tokens, n_bytes, n_words = self._encode([os.fspath(path) for path in text], encoding, field or self._field())
             baselines = ngram_losses(prepared.train, tokens) if prepared else {}
         elif prepared:
             tokens, baselines = prepared.val, prepared.about["baselines"]
@@ -146,26 +149,39 @@ class Model:
         with self._machine.autocast():
             return self._model(torch.tensor(ids, device=self._machine.device)).float().cpu().numpy()
 
+    @property
+    def _run(self) -> Path:
+        """The folder that the model lies in, which may be that of its run."""
+        return self._path if self._path.is_dir() else self._path.parent
+
+    def _field(self) -> str | None:
+        """What held the text of the run in a table's records."""
+        config = self._run / "config.toml"
+        return resolve(read_toml(config)).text.field if config.is_file() else None
+
     def _find_text(self) -> Prepared | None:
         """The text the model was trained on, made again from its sources if need be; None where nothing is known of it."""
-        run = self._path if self._path.is_dir() else self._path.parent
+        run = self._run
         if not (run / "text.json").is_file():
             return None
         prepared = _text_of(run, resolve(read_toml(run / "config.toml")))
         same = prepared.about["fingerprint"] == self.summary["text"] and prepared.tokenizer.to_json() == self.tokenizer.to_json()
         return prepared if same else None
 
-    def _encode(self, sources: Sequence[str], encoding: str | None) -> tuple[np.ndarray, int, int]:
-        """The tokens of a text, its bytes and its words."""
-        pieces: list[np.ndarray] = []
-        size = Size()
-        found = expand(sources, encoding)
-        many = len(found) > 1 or found[0].is_table
-        for texts in (texts for source in found for texts in source.documents()):
-            pieces += self.tokenizer.encode_chunks(size.counting(texts))
-            if many:
-                pieces.append(np.array([self.tokenizer.end], np.uint32))
-        tokens = np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
+    def _encode(self, sources: Sequence[str], encoding: str | None, field: str | None) -> tuple[np.ndarray, int, int]:
+        """The tokens of a text, its bytes and its words. Documents end with a token if there are several, and the model has seen such ends."""
+        for source in sources:
+            if is_prepared(Path(findable(source))):
+                raise UserError(f"{source} holds a text that was prepared for training.", "Name the text itself, or none for what the model's run held out.")
+        size, end = Size(), self.tokenizer.end
+        knows_ends = not any(first <= end < behind for first, behind in self.summary["unused"])
+        documents: list[np.ndarray] = []
+        for texts in (texts for source in expand(sources, encoding, field) for texts in source.documents()):
+            pieces = [piece.astype(token_dtype(self.tokenizer.vocab_size)) for piece in self.tokenizer.encode_chunks(size.counting(texts))]
+            documents.append(np.concatenate([*pieces, np.array([end] * knows_ends, token_dtype(self.tokenizer.vocab_size))]))
+        if knows_ends and len(documents) == 1:
+            documents[0] = documents[0][:-1]
+        tokens = np.concatenate(documents) if documents else np.empty(0, np.uint8)
         if len(tokens) < 2:
             raise UserError(f"There are {len(tokens)} tokens in {', '.join(sources)}; a loss needs at least 2.")
         return tokens, size.bytes, size.words
@@ -216,7 +232,7 @@ def train(
         if resume and not resuming:
             warnings.warn(f"There is no saved state in {run}: starting afresh.", Notice, stacklevel=2)
         given = _given(settings, config, preset, resuming)
-        earlier = finetune.earlier_model(init_from, settings) if init_from is not None and not resuming else None
+        earlier = finetune.earlier_model(init_from, given) if init_from is not None and not resuming else None
         settled, prepared, place, choices = _settle(run, sources, given, resuming, begun if preset is None else None, earlier)
         open_ones, (settled, needed, free) = settled.training, fitted(settled, prepared.tokenizer.vocab_size, place)
         choices += _smaller(open_ones, settled.training, free)
@@ -227,6 +243,9 @@ def train(
         checkpoint.require_run_folder(run, resume=resume, overwrite=overwrite)  # again: another process may have been here meanwhile
         if resuming:
             position = Position.from_json(checkpoint.load_state(run, model, optimizer))
+            began_from = prepared.about.get("init_from")
+            if init_from is not None and findable(os.fspath(init_from)) != began_from:
+                raise UserError(f"The run in {run} began from {began_from or 'no earlier model'}, not from {init_from}.", "Leave out --init-from.")
             used = (position.seconds + position.overhead) / 60
             if given.get("minutes") is not None and given["minutes"] < used:
                 raise UserError(f"The run in {run} took {used:.2g} minutes already, more than --minutes {given['minutes']:g}.", "Give it more.")

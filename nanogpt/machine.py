@@ -32,6 +32,7 @@ from nanogpt.files import cache_dir, write_text
 
 FASTER = 1.2  # a measured gain below this is noise, and the simpler choice stays
 COLD_SECONDS, WARM_SECONDS = 25.0, 4.0  # what compiling a step takes on two cores, the first time and again
+CGROUP = Path("/sys/fs/cgroup")  # where Linux tells of a container's memory
 USUAL_GAIN = 1.3  # of a compiled step over an eager one, where none was measured yet
 
 
@@ -206,8 +207,10 @@ def free_memory(device: torch.device) -> float | None:
     with suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         limits.append(1024 * float(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
-    with suppress(OSError, ValueError):  # of a container; "max" where there is none
-        limits.append(float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    with suppress(OSError, ValueError, KeyError):  # of a container; "max" where there is none
+        limit, used = (float((CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        kept = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+        limits.append(max(0.0, limit - used + float(kept["inactive_file"]) + float(kept["active_file"])))  # files in memory make room
     return min((limit for limit in limits if limit is not None), default=None)
 
 

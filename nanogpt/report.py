@@ -127,7 +127,8 @@ class Finished:
     baselines: dict[str, float]
     verdict: Verdict
     seconds: float
-    before: float | None  # nats per token of the earlier model that the run began from, if it did
+    before: float | None  # nats per token of the earlier model that the run began from, if it did,
+    before_tokens: int = 0  # over so many tokens of the split
 
 
 Event = Started | Began | Stepped | Evaluated | Sampled | Saving | Saved | Stopping | Interrupted | Finished
@@ -306,7 +307,8 @@ class Terminal:
 
     def finished(self, event: Finished) -> None:
         """Place the model among the baselines, and give the verdict."""
-        before = {} if event.before is None else {"the model it began from": event.before}
+        part = "" if event.before_tokens in (0, event.loss.tokens) else f" (on {event.before_tokens:,} tokens of these)"
+        before = {} if event.before is None else {f"the model it began from{part}": event.before}
         self.console.print(loss_table(event.loss, event.baselines, f"this model (step {event.best_step:,})", before))
         self.console.print(f"\n{event.verdict.sentence}\n")
         self.console.print(f"{event.step:,} steps in {duration(event.seconds)}. Let it write: nanogpt sample {shlex.quote(self.run)}")

@@ -47,7 +47,8 @@ class Position:
     expected_steps: float = 0.0  # that the run was taken to have when it began: all of them, or as many as seemed to fit into its time
     nats: float = 0.0  # training loss since the last evaluation, as a sum
     tokens: int = 0  # and a count
-    before: float | None = None  # validation loss of the earlier model that the run began from, if it did
+    before: float | None = None  # validation loss of the earlier model that the run began from, if it did,
+    before_tokens: int = 0  # and on how many tokens
     val_tokens: int | None = None  # that an evaluation during the run takes, None for all: always the same, or "best" would mean nothing
     history: list[Point] = field(default_factory=list)
 
@@ -205,9 +206,9 @@ class Trainer:
 
     def accumulate(self) -> Tensor:
         """The same, without a second try. Each row has its own dropout key, so that the parts make no difference but by rounding."""
-        count, rows = self.targets(self.upcoming[1]), self.settings.micro_batch_size or self.settings.batch_size
+        (*tensors, count), rows = self.upcoming, self.settings.micro_batch_size or self.settings.batch_size
         summed = torch.zeros((), device=self.machine.device)
-        for x, y, keys in zip(*(tensor.split(rows) for tensor in self.upcoming), strict=True):  # (b, T), (b, T), (b,)
+        for x, y, keys in zip(*(tensor.split(rows) for tensor in tensors), strict=True):  # (b, T), (b, T), (b,)
             with self.machine.autocast():
                 nats = self.nats(x, y, keys)
             (nats / count).backward()
@@ -257,21 +258,19 @@ class Trainer:
         """Whether all steps are done, or there is no time for another."""
         return self.position.step >= (self.settings.steps or math.inf) or self.elapsed() + self.step_seconds >= self.budget
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The batch of a step on its way to the device: x (B, T), y (B, T) and keys (B,)."""
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The batch of a step on its way to the device: x (B, T), y (B, T) and keys (B,); and how many targets there are: all, but for those behind the end
+        of a document. They are counted here: a GPU would have to be waited for."""
         B = self.settings.batch_size
         x, y, keys = data.batch(self.text.train, self.settings.seed, step, range(B), B, self.model.config.context_length, self.text.windows)
-        return self.machine.send(x), self.machine.send(y), self.machine.send(keys)
-
-    def targets(self, y: Tensor) -> int:
-        """How many of the targets y (B, T) there are to predict: all, but for those behind the end of a document."""
-        return y.numel() if self.text.windows is None else int((y != data.IGNORED).sum())
+        count = y.numel() if self.text.windows is None else int((y != data.IGNORED).sum())
+        return self.machine.send(x), self.machine.send(y), self.machine.send(keys), count
 
     def step(self) -> Stepped:
         """One update of the weights, on the batch that belongs to this step. A GPU is asked for its numbers only when it has all its work."""
         begin = time.perf_counter()
         settings, position = self.settings, self.position
-        count = self.targets(self.upcoming[1])
+        count = self.upcoming[3]
         progress, middle = self.progress(1.0), self.progress(0.5)
         nats = self.gradients()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip or math.inf)
@@ -312,7 +311,7 @@ class Trainer:
     def measure_first(self) -> Began:
         """The validation loss before the first step, on the tokens of the evaluations to come."""
         loss = self.validation_loss(self.model, self.position.val_tokens)
-        self.position.before, self.position.seconds = loss.val_loss, self.elapsed()
+        self.position.before, self.position.before_tokens, self.position.seconds = loss.val_loss, loss.tokens, self.elapsed()
         return Began(0, loss.val_loss, loss.bits_per_byte, loss.tokens, self.position.seconds)
 
     def sample(self, count: int = SAMPLE.max_tokens) -> Sampled:
@@ -338,10 +337,11 @@ class Trainer:
             loss = Loss(kept.summary["val_nats"], kept.summary["val_tokens"], kept.summary["val_bytes"], kept.summary.get("val_words", 0))
         else:
             loss = self.validation_loss(kept.model, None)
-        judged = verdict(self.position.history, self.text.about["baselines"], loss.val_loss, self.settings.minutes)
+        judged = verdict(self.position.history, self.text.about["baselines"], loss.val_loss, self.settings.minutes, self.position.before)
         summary = kept.summary | self.summary(loss) | {"step": kept.summary["step"], "verdict": judged.asdict(), "finished": self.position.step}
         checkpoint.save_model(self.run / "model.safetensors", kept.model, self.text.tokenizer, summary)
-        return Finished(self.position.step, kept.summary["step"], loss, self.text.about["baselines"], judged, self.position.seconds, self.position.before)
+        before = self.position.before, self.position.before_tokens
+        return Finished(self.position.step, kept.summary["step"], loss, self.text.about["baselines"], judged, self.position.seconds, *before)
 
     def summary(self, loss: Loss | None) -> dict[str, Any]:
         """What a model file tells of its training, besides weights, settings and tokenizer; without a loss, before the first evaluation, less."""
@@ -351,7 +351,7 @@ class Trainer:
             summary |= {"val_loss": loss.val_loss, "bits_per_byte": loss.bits_per_byte}
             summary |= {"val_nats": loss.nats, "val_tokens": loss.tokens, "val_bytes": loss.bytes, "val_words": loss.words}
             minutes = self.settings.minutes and self.settings.minutes * self.progress(0.0)
-            summary["verdict"] = verdict(self.position.history, about["baselines"], minutes=minutes).asdict()
+            summary["verdict"] = verdict(self.position.history, about["baselines"], minutes=minutes, before=self.position.before).asdict()
         return summary
 
     def validation_loss(self, model: GPT, limit: int | None) -> Loss:

@@ -28,7 +28,7 @@ SURFACE = {
     "prepare": "--cross-documents --encoding --field --json --no-cross-documents --out --shard --tokenizer --val --val-bytes --vocab-size",
     "sample": "--device --dtype --encoding --json --max-tokens --min-p --n --prompt --prompt-file --seed --stop --strict --temperature --threads "
     "--top-k --top-p",
-    "eval": "--by-position --context-length --device --dtype --encoding --json --threads",
+    "eval": "--by-position --context-length --device --dtype --encoding --field --json --threads",
     "compare": "--json --plot",
 }
 SMALL = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | {"steps": 4, "eval_every": 2, "dropout": 0}).items()]

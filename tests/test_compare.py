@@ -221,3 +221,17 @@ def test_without_evaluations_there_is_no_curve(make_run):
     found = compare([make_run("a", 2.0)])
     with pytest.raises(UserError, match="no curve"):
         plot(replace(found, runs=[replace(run, evaluations=[]) for run in found.runs]))
+
+
+def test_what_a_file_tells_oddly_is_not_known(make_run):
+    odd, strange = make_run("odd", 2.0), make_run("strange", 2.0)
+    (odd / "text.json").write_text('{"sources": [1], "val_tokens": null}')
+    with (odd / "metrics.jsonl").open("a") as file:
+        file.write('{"step": "none"}\n[]\n')
+    (strange / "text.json").write_text("[]")
+    (strange / "metrics.jsonl").write_text("3\n")
+    found = compare([odd, strange])
+    assert [(run.bits_per_byte, run.text) for run in found.runs] == [(2.0, None), (2.0, None)]
+    assert {run.run: run.steps for run in found.runs}[str(odd)] == 4
+    assert all("does not tell all of a text" in run.remarks[0] for run in found.runs)
+    assert table(found, 80)

@@ -230,3 +230,12 @@ def test_loss_by_position_is_that_of_each_position(make_model, place):
         part = each[:, bucket.first : bucket.last + 1]
         assert bucket.nats_per_token == pytest.approx(part.mean().item(), rel=1e-5)
         assert bucket.tokens == part.numel()
+
+
+@pytest.mark.parametrize(("losses", "kind"), [([3.0, 3.0, 3.0], "diverged"), ([5.0, 4.0, 3.0], "undertrained"), ([3.0, 3.1, 3.2], "overfitted")])
+def test_what_is_worse_than_what_it_began_from_is_said(losses, kind):
+    history = [Point(100 * i, 4.0 - i, loss) for i, loss in enumerate(losses, start=1)]
+    judged = verdict(history, {"bigram": 9.0}, before=2.5)
+    assert judged.kind == kind
+    assert "behind the model it began from (2.500; 3.000 at its best)" in judged.sentence
+    assert verdict(history, {"bigram": 9.0}, before=3.5) == verdict(history, {"bigram": 9.0})

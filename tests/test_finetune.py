@@ -89,7 +89,10 @@ def test_another_shape_or_tokenizer_is_refused_with_a_table(earlier, story, tmp_
     with pytest.raises(UserError, match=r"keeps its shape:\n *setting +model +asked\n *arch +modern +classic\n *n_layer +2 +3\nLeave them out"):
         nanogpt.train(story, tmp_path / "run", init_from=earlier, **MORE | {"n_layer": 3, "arch": "classic", "n_head": 2})
     with pytest.raises(UserError, match="keeps its tokenizer"):
-        nanogpt.train(story, tmp_path / "run", init_from=earlier, tokenizer="char", **MORE)
+        nanogpt.train(story, tmp_path / "run", init_from=earlier, tokenizer="bpe", **MORE)
+    (tmp_path / "other.toml").write_text('tokenizer = "bpe"')
+    with pytest.raises(UserError, match=r"keeps its tokenizer.* not tokenizer = bpe"):
+        nanogpt.train(story, tmp_path / "run", init_from=earlier, config=tmp_path / "other.toml", **MORE)
     with pytest.raises(UserError, match="no model at"):
         nanogpt.train(story, tmp_path / "run", init_from=tmp_path / "nothing", **MORE)
     assert not (tmp_path / "run").exists()
@@ -142,3 +145,11 @@ def test_the_run_and_its_end_are_told(earlier, story, tmp_path, capsys):
     out = capsys.readouterr().out
     for expected in (f", from {earlier}\n", "Before step 1: ", "the model it began from", "GB for a step, 4 windows at a time"):
         assert expected in out
+
+
+def test_a_base_that_was_given_stays_and_a_run_goes_on_only_from_what_it_began_from(earlier, story, tmp_path):
+    model = nanogpt.train(story, tmp_path / "run", init_from=earlier, context_length=64, rope_base=10_000.0, **MORE | {"steps": 1})
+    assert model._model.config.rope_base == 10_000.0
+    with pytest.raises(UserError, match=r"began from .*earlier, not from .*other\.\n"):
+        nanogpt.train(out=tmp_path / "run", resume=True, init_from=tmp_path / "other", steps=2)
+    assert nanogpt.train(out=tmp_path / "run", resume=True, init_from=earlier, steps=2).summary["step"] == 2

@@ -162,3 +162,12 @@ def test_the_choice_is_written_down_and_made_again(place):
 
 def test_memory_is_told():
     assert machine.memory_of(CPU) > 1e8
+
+
+def test_what_a_container_uses_is_not_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    for name, content in (("max", "5000000"), ("current", "4000000"), ("stat", "anon 3000000\ninactive_file 300000\nactive_file 200000\n")):
+        (tmp_path / f"memory.{name}").write_text(content)
+    assert machine.free_memory(CPU) == 1_500_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.free_memory(CPU) > 1e8

@@ -16,7 +16,7 @@ import torch
 from conftest import TINY
 
 import nanogpt
-from nanogpt import checkpoint, config, evaluate, library, machine, plan, recipe, trainer
+from nanogpt import checkpoint, config, data, evaluate, library, machine, plan, recipe, trainer
 from nanogpt.config import ModelConfig, TextConfig
 from nanogpt.errors import Notice, UserError
 from nanogpt.files import cache_dir
@@ -679,6 +679,30 @@ def test_prepared_text_that_is_gone_is_made_again(story, tmp_path):
     assert nanogpt.load(tmp_path / "run", dtype="float32").evaluate().val_loss == expected
     shutil.rmtree(folder)  # and all of it
     assert nanogpt.load(tmp_path / "run", dtype="float32").evaluate().val_loss == expected
+
+
+def test_targets_are_counted_before_they_leave_the_processor(make_model):
+    text = SimpleNamespace(train=np.arange(8, dtype=np.uint8), windows=data.Documents(np.array([3, 8]), 8))
+    settings = SimpleNamespace(batch_size=2, seed=1)
+    run = SimpleNamespace(settings=settings, text=text, model=make_model(), machine=SimpleNamespace(send=lambda tensor: tensor.to("meta")))
+    x, y, _, count = trainer.Trainer.batch(run, 0)
+    assert (x.device.type, y.shape, count) == ("meta", (2, 8), 2 + 4)  # meta tensors cannot be counted
+
+
+def test_an_evaluation_ends_documents_as_the_training_did(story, tmp_path):
+    lines = story.read_text().splitlines()
+    table = tmp_path / "story.jsonl"
+    table.write_text("".join(json.dumps({"body": line, "text": "The cat"}) + "\n" for line in lines))
+    book = nanogpt.train(story, **RUN | {"steps": 1})  # saw no end
+    assert book.evaluate(table, field="body").tokens == len("".join(lines)) - 1
+    model = nanogpt.train(table, tmp_path / "run", field="body", **RUN | {"steps": 1})
+    loaded = nanogpt.load(tmp_path / "run", dtype="float32")
+    assert loaded.evaluate(table) == model.evaluate(table, field="body")  # by the field of its own run
+    assert model.evaluate(table).tokens == len("".join(lines)) + len(lines) - 1
+    assert model.evaluate(story).tokens == len(story.read_text()) - 1
+    prepare_folder([str(story)], TextConfig(), tmp_path / "data")
+    with pytest.raises(UserError, match="prepared for training"):
+        model.evaluate(tmp_path / "data")
 
 
 def test_a_prepared_folder_that_holds_another_text_by_now_is_refused(story, tmp_path):
