@@ -27,6 +27,8 @@ def bench(settings: dict[str, Any], seconds: float = 10.0, tokens: int = 200) ->
     """
     settled = resolve(settings | {"steps": 1_000_000, "minutes": None})
     text = prepare([TEXT], settled.text)
+    if not settled.text.cross_documents:
+        text = text.within_documents(settled.model.context_length)
     place = machine.choose(settled.machine)
     place, _ = machine.for_training(place, settled.machine, settled.model, settled.training.batch_size, 1e9)
     with machine.memory_for(f"a model of this shape: {settled.model}"):
