@@ -142,6 +142,8 @@ class MachineConfig(PlaceConfig):
     """fused is one kernel, plain a softmax between two products; auto is the faster."""
     deterministic: Annotated[bool, Parameter(negative="")] = False
     """Only kernels that repeat bit for bit, on GPUs too, where that is slower."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Of several processes: with ddp each holds the whole model, with fsdp its share of it, and fetches the rest as it goes."""
 
 
 class Config(Section):

@@ -46,6 +46,7 @@ class Machine:
     attention: str = "fused"
     compile: bool = False
     deterministic: bool = False
+    parallel: str = "ddp"
 
     def autocast(self) -> AbstractContextManager:
         """The context in which forward passes run: matrix products in `dtype`, everything else in float32."""
@@ -66,6 +67,7 @@ class Machine:
             compile=self.compile,
             attention=self.attention,  # type: ignore[arg-type]
             deterministic=self.deterministic,
+            parallel=self.parallel,  # type: ignore[arg-type]
         )
 
     def for_single_rows(self) -> "Machine":
@@ -107,7 +109,7 @@ def choose(asked: MachineConfig) -> Machine:
     dtype = getattr(torch, name_of_dtype)
     if name == "cuda":  # the few products left in float32 may use TF32; asked for float32, they are exact
         torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")
-    return Machine(device, dtype, torch.get_num_threads(), deterministic=asked.deterministic)
+    return Machine(device, dtype, torch.get_num_threads(), deterministic=asked.deterministic, parallel=asked.parallel)
 
 
 def for_training(place: Machine, asked: MachineConfig, model: ModelConfig, batch_size: int, seconds: float) -> tuple[Machine, dict[str, str]]:

@@ -156,8 +156,8 @@ def test_one_run_does_not_make_the_next_deterministic():
 
 
 def test_the_choice_is_written_down_and_made_again(place):
-    settings = machine.Machine(CPU, torch.bfloat16, 2, "plain", True, True).settings()
-    assert settings == MachineConfig(device="cpu", dtype="bfloat16", threads=2, attention="plain", compile=True, deterministic=True)
+    settings = machine.Machine(CPU, torch.bfloat16, 2, "plain", True, True, "fsdp").settings()
+    assert settings == MachineConfig(device="cpu", dtype="bfloat16", threads=2, attention="plain", compile=True, deterministic=True, parallel="fsdp")
 
 
 def test_memory_is_told():
