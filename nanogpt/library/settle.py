@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt import checkpoint, finetune, machine, recipe
-from nanogpt.config import Config, MachineConfig, TrainingConfig, differing, flatten, is_path, preset_settings, read_toml, resolve
-from nanogpt.corpus import findable
+from nanogpt.config import Config, MachineConfig, TrainingConfig, differing, flatten, preset_settings, read_toml, resolve
 from nanogpt.errors import Notice, UserError
 from nanogpt.library.text import new_text, text_of
 from nanogpt.plan import SHARE, flops_per_token
-from nanogpt.prepare import Prepared
+from nanogpt.prepare import Prepared, findable_paths
 from nanogpt.recipe import Choice
 
 DEFAULT_MINUTES = 5.0
@@ -39,11 +38,7 @@ def chosen_settings(settings: dict[str, Any], config: str | os.PathLike[str] | N
     given |= settings
     if not (resuming or preset or config or _ends(given)):
         given["minutes"] = DEFAULT_MINUTES
-    if isinstance(given.get("val"), str | os.PathLike):
-        given["val"] = findable(os.fspath(given["val"]))
-    if isinstance(given.get("tokenizer"), os.PathLike) or is_path(str(given.get("tokenizer", ""))):
-        given["tokenizer"] = os.path.abspath(os.path.expanduser(given["tokenizer"]))
-    return given
+    return given | findable_paths(given)
 
 
 def _ends(settings: dict[str, Any]) -> bool:

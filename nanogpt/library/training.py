@@ -22,6 +22,8 @@ from nanogpt.errors import Notice, UserError
 from nanogpt.files import locked, require_space, sweep, write_text
 from nanogpt.library.model import Model
 from nanogpt.library.settle import chosen_settings, settle, smaller
+from nanogpt.model import GPT
+from nanogpt.optim import Optimizer
 from nanogpt.plan import flops_per_token
 from nanogpt.recipe import Choice
 from nanogpt.report import Event, Interrupted, RunLog, Started, Stopping
@@ -72,13 +74,7 @@ def train(
         stack.enter_context(locked(run / ".lock"))
         checkpoint.require_run_folder(run, resume=resume, overwrite=overwrite)  # again: another process may have been here meanwhile
         if resuming:
-            position = Position.from_json(checkpoint.load_state(run, model, optimizer))
-            began_from = prepared.about.get("init_from")
-            if init_from is not None and findable(os.fspath(init_from)) != began_from:
-                raise UserError(f"The run in {run} began from {began_from or 'no earlier model'}, not from {init_from}.", "Leave out --init-from.")
-            used = (position.seconds + position.overhead) / 60
-            if given.get("minutes") is not None and given["minutes"] < used:
-                raise UserError(f"The run in {run} took {used:.2g} minutes already, more than --minutes {given['minutes']:g}.", "Give it more.")
+            position = _go_on(run, model, optimizer, prepared.about.get("init_from"), init_from, given.get("minutes"))
         else:
             if earlier is not None:
                 checkpoint.take_weights(model, earlier.model)
@@ -98,6 +94,17 @@ def train(
         if isinstance(event, Interrupted):
             raise KeyboardInterrupt if asked[0] == signal.SIGINT else SystemExit(128 + asked[0])
         return Model(checkpoint.load(run, place.device), place, run, prepared)
+
+
+def _go_on(run: Path, model: GPT, optimizer: Optimizer, began_from: str | None, init_from: str | os.PathLike[str] | None, minutes: float | None) -> Position:
+    """Put the last state of the run back. Errors: `UserError` where it began from another model than is named now, or has used up its minutes."""
+    position = Position.from_json(checkpoint.load_state(run, model, optimizer))
+    if init_from is not None and findable(os.fspath(init_from)) != began_from:
+        raise UserError(f"The run in {run} began from {began_from or 'no earlier model'}, not from {init_from}.", "Leave out --init-from.")
+    used = (position.seconds + position.overhead) / 60
+    if minutes is not None and minutes < used:
+        raise UserError(f"The run in {run} took {used:.2g} minutes already, more than --minutes {minutes:g}.", "Give it more.")
+    return position
 
 
 def _events(trainer: Trainer, settled: Config, place: machine.Machine, choices: list[Choice], needed: float, free: float | None) -> Iterator[Event]:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -71,7 +71,7 @@ def prepare(sources: Sequence[str], settings: TextConfig, tokenizer: Tokenizer |
 
     Errors: `UserError` when a source is not there or not text, when the text is too short, or when the disk is full.
     """
-    settings = _absolute(settings)
+    settings = settings.model_copy(update=findable_paths(settings.model_dump()))
     if len(sources) == 1 and is_prepared(folder := findable(sources[0])):
         prepared = open_prepared(Path(folder))
         _require_same_settings(prepared.about["text"], settings, sources[0], {"tokenizer", "vocab_size"} if tokenizer is not None else set())
@@ -98,7 +98,7 @@ def prepare_folder(sources: Sequence[str], settings: TextConfig, folder: Path, s
     i, n = share
     if not 1 <= i <= n:
         raise UserError(f"--shard {i}/{n} is no share of the work.", "Use --shard 1/2 in one process and --shard 2/2 in the other, for example.")
-    missing = _Text(sources, _absolute(settings)).write(folder, i, n)
+    missing = _Text(sources, settings.model_copy(update=findable_paths(settings.model_dump()))).write(folder, i, n)
     return missing or open_prepared(folder)
 
 
@@ -164,12 +164,13 @@ def _state(path: Path) -> list[int]:
     return [state.st_size, state.st_mtime_ns, state.st_ino]
 
 
-def _absolute(settings: TextConfig) -> TextConfig:
-    """The same settings, with paths that mean the same from every folder."""
-    paths = {"val": findable(settings.val)} if settings.val else {}
-    if is_path(settings.tokenizer):
-        paths["tokenizer"] = os.path.abspath(os.path.expanduser(settings.tokenizer))
-    return settings.model_copy(update=paths)
+def findable_paths(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Those of a text's settings that name a path, such that it means the same from every folder."""
+    val, tokenizer = settings.get("val"), settings.get("tokenizer")
+    paths = {"val": findable(os.fspath(val))} if val and isinstance(val, str | os.PathLike) else {}
+    if isinstance(tokenizer, os.PathLike) or is_path(str(tokenizer)):
+        paths["tokenizer"] = os.path.abspath(os.path.expanduser(os.fspath(tokenizer)))
+    return paths
 
 
 def _require_same_settings(before: dict[str, Any], settings: TextConfig, folder: str, free: set[str]) -> None:
