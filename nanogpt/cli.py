@@ -338,7 +338,11 @@ def _read_prompt(name: str, encoding: str | None) -> str:
 
 def _run_name(text: str) -> str:
     """What a run is called when nobody named it: as its first text, in characters that every system allows in a file name."""
-    return re.sub(r"[^\w.-]+", "-", "stdin" if text == "-" else Path(text).resolve().stem).strip("-.") or "text"
+    from nanogpt.corpus.formats import is_packed
+
+    path = Path("stdin" if text == "-" else text).resolve()
+    name = Path(path.stem).stem if is_packed(path.name) else path.stem
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "text"
 
 
 def _end_quietly_with_the_reader() -> None:

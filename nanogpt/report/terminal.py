@@ -1,197 +1,27 @@
-"""What happens in a run, told: events to the terminal and to metrics.jsonl and samples.jsonl.
+"""What a person reads in a terminal: a run as it goes, and what the other commands found.
 
-In: events from `trainer`. Out: a progress line and samples for a person, a line of JSON per event for every other reader.
+In: events, or a result. Out: lines, one of which moves on with the run.
 """
 
-import errno
-import json
 import math
 import os
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from nanogpt.config import Config
 from nanogpt.evaluate import Loss, PositionLoss, Verdict
-from nanogpt.files import disk_full, write_text
 from nanogpt.plan import SHARE, Plan, rounded
+from nanogpt.report.events import Began, Evaluated, Event, Finished, Interrupted, Sampled, Speed, Started, Stepped, Stopping
 
 QUIET_SECONDS = 10.0  # without a terminal, at most this long between two lines
-
-
-@dataclass(frozen=True)
-class Started:
-    """A run begins, or goes on after `step`."""
-
-    run: str
-    step: int
-    config: Config
-    parameters: int
-    text: dict[str, Any]
-    machine: str
-    flops_per_token: float
-    peak: float  # FLOP/s
-    choices: list[Any]
-    memory: float  # bytes that a step is estimated to take,
-    free_memory: float | None  # and that are free, where the system tells
-
-
-@dataclass(frozen=True)
-class Began:
-    """The loss of the earlier model that a run begins from, over `val_tokens` tokens, before its first step."""
-
-    step: int
-    val_loss: float
-    bits_per_byte: float
-    val_tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Stepped:
-    """An update of the weights, with which `progress` of the run is over: `train_loss` (nats per token) is of its batch, before it."""
-
-    step: int
-    progress: float
-    train_loss: float
-    learning_rate: float
-    grad_norm: float
-    tokens: int
-    tokens_per_second: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A validation loss over `val_tokens` tokens; `train_loss` is the mean since the last evaluation."""
-
-    step: int
-    train_loss: float
-    val_loss: float
-    bits_per_byte: float
-    val_tokens: int
-    best: bool
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """Text that the model wrote after `step`."""
-
-    step: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Saving:
-    """The state of `step` is about to be written: what was told so far must be on disk before it."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class Saved:
-    """The run can go on from `step`, whatever happens now."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class Stopping:
-    """A signal asked the run to stop after this step. It comes from inside the signal's handler."""
-
-
-@dataclass(frozen=True)
-class Interrupted:
-    """The run was asked to stop, and has been saved."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The run is over: `loss` is of the model that was kept (of `best_step`), on the whole validation split."""
-
-    step: int
-    best_step: int
-    loss: Loss
-    baselines: dict[str, float]
-    verdict: Verdict
-    seconds: float
-    before: float | None  # nats per token of the earlier model that the run began from, if it did,
-    before_tokens: int = 0  # over so many tokens of the split
-
-
-Event = Started | Began | Stepped | Evaluated | Sampled | Saving | Saved | Stopping | Interrupted | Finished
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast a machine trains and writes, measured: times are medians of `steps` training steps (optimiser included) and of `tokens` written one by one."""
-
-    machine: str
-    attention: str
-    compiled: bool
-    parameters: int
-    tokens_per_step: int
-    step_seconds: float
-    train_tokens_per_second: float
-    train_flops_per_second: float
-    peak_flops_per_second: float
-    share_of_peak: float
-    write_tokens_per_second: float
-    ready_seconds: float  # to compile and to take a first step
-    steps: int
-    tokens: int
-
-
-class RunLog:
-    """Writes metrics.jsonl (steps and evaluations) and samples.jsonl: the record that outlives the terminal."""
-
-    def __init__(self, run: Path):
-        self.metrics, self.samples = run / "metrics.jsonl", run / "samples.jsonl"
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Started):
-            for path in (self.metrics, self.samples):
-                _cut(path, event.step)
-        elif isinstance(event, Began | Stepped | Evaluated):
-            _append(self.metrics, event)
-        elif isinstance(event, Sampled):
-            _append(self.samples, event)
-        elif isinstance(event, Saving):
-            for path in (self.metrics, self.samples):
-                with path.open("a") as file:
-                    os.fsync(file.fileno())
-
-
-def _append(path: Path, event: Began | Stepped | Evaluated | Sampled) -> None:
-    try:
-        with path.open("a", encoding="utf-8", newline="") as file:
-            file.write(json.dumps(asdict(event), ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise (disk_full(path) if error.errno == errno.ENOSPC else error) from error
-
-
-def _cut(path: Path, step: int) -> None:
-    """Drop what was written after `step`, which will happen again, and what a dying machine left unreadable."""
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            break
-    write_text(path, "".join(kept))
 
 
 class Lasting(Console):
@@ -199,7 +29,7 @@ class Lasting(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class Terminal:

@@ -1,0 +1,42 @@
+"""What happens in a run, told: events to the terminal, to files, and to whoever else wants them."""
+
+from nanogpt.report.events import (
+    Began,
+    Evaluated,
+    Event,
+    Finished,
+    Interrupted,
+    Sampled,
+    Saved,
+    Saving,
+    Speed,
+    Started,
+    Stepped,
+    Stopping,
+)
+from nanogpt.report.log import RunLog
+from nanogpt.report.terminal import Terminal, duration, loss_table, printable, show_by_position, show_evaluation, show_plan, show_speed
+
+__all__ = [
+    "Began",
+    "Evaluated",
+    "Event",
+    "Finished",
+    "Interrupted",
+    "RunLog",
+    "Sampled",
+    "Saved",
+    "Saving",
+    "Speed",
+    "Started",
+    "Stepped",
+    "Stopping",
+    "Terminal",
+    "duration",
+    "loss_table",
+    "printable",
+    "show_by_position",
+    "show_evaluation",
+    "show_plan",
+    "show_speed",
+]

@@ -1,0 +1,52 @@
+"""The record of a run that outlives the terminal: metrics.jsonl and samples.jsonl.
+
+In: events. Out: a line of JSON for each that has numbers or a text, which is all that a page, a plot or a report knows of a run.
+"""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from nanogpt.files import disk_full, is_full, write_text
+from nanogpt.report.events import Began, Evaluated, Event, Sampled, Saving, Started, Stepped
+
+
+class RunLog:
+    """Writes metrics.jsonl (steps and evaluations) and samples.jsonl: the record that outlives the terminal."""
+
+    def __init__(self, run: Path):
+        self.metrics, self.samples = run / "metrics.jsonl", run / "samples.jsonl"
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Started):
+            for path in (self.metrics, self.samples):
+                _cut(path, event.step)
+        elif isinstance(event, Began | Stepped | Evaluated):
+            _append(self.metrics, event)
+        elif isinstance(event, Sampled):
+            _append(self.samples, event)
+        elif isinstance(event, Saving):
+            for path in (self.metrics, self.samples):
+                with path.open("a") as file:
+                    os.fsync(file.fileno())
+
+
+def _append(path: Path, event: Began | Stepped | Evaluated | Sampled) -> None:
+    try:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            file.write(json.dumps(asdict(event), ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise (disk_full(path) if is_full(error) else error) from error
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drop what was written after `step`, which will happen again, and what a dying machine left unreadable."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            break
+    write_text(path, "".join(kept))
