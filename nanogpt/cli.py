@@ -20,7 +20,7 @@ from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 
 import nanogpt
-from nanogpt.config import Config, PlaceConfig, SamplingConfig, TextConfig, explain, flatten, preset_settings, resolve
+from nanogpt.config import Config, PlaceConfig, SamplingConfig, TextConfig, explain, flatten, is_path, preset_settings, resolve
 from nanogpt.errors import Notice, UserError
 
 Settings = Annotated[Config, Parameter(name="*")]
@@ -237,45 +237,59 @@ def prepare(
 @app.command
 def plan(
     *, preset: str | None = None, text_bytes: int | None = None, gpu: str | None = None, gpus_per_node: int = 1, nodes: int = 1,
-    as_json: AsJson = False, settings: Settings = Config(),
+    network: float | None = None, price: float | None = None, as_json: AsJson = False, settings: Settings = Config(),
 ) -> None:  # fmt: skip
-    """Say what a run would take: parameters, memory, arithmetic and time; here, or on GPUs that are not here. Without --vocab-size, of 65 letters and signs.
+    """Say what a run would take: parameters, memory, arithmetic, exchange, time and cost; here, or on GPUs that are not here.
+
+    Without --vocab-size, of 65 letters and signs, or of as many tokens as word and bpe would get.
 
     Parameters
     ----------
     preset
         Settings known by a name, as for train.
     text_bytes
-        Size of the text, for advice on how often it is read.
+        Size of the text: what preparing it takes, and how often it is read.
     gpu
         A GPU by name, such as H100 or RTX 4090. [default: this machine]
     gpus_per_node
         GPUs in each machine.
     nodes
         Machines.
+    network
+        Gigabits a second that go out of each machine. [default: as in NVIDIA's own servers, or 100]
+    price
+        What a GPU costs for an hour, in any money.
     as_json
         One JSON object instead of a table.
     """
-    from nanogpt import machine, recipe, report
-    from nanogpt.plan import plan
+    from nanogpt.plan import ETHERNET, Cluster, cluster_of, corpus_of, plan
+    from nanogpt.plan.table import table
+    from nanogpt.tokenizer.kinds import SIZED, suggested_size
 
-    counts = {"--text-bytes": 1 if text_bytes is None else text_bytes, "--gpus-per-node": gpus_per_node, "--nodes": nodes}
-    if wrong := [f"{name} {count}" for name, count in counts.items() if count < 1]:
-        raise UserError(f"{', '.join(wrong)}: it takes 1 or more.")
+    numbers = {"--text-bytes": text_bytes, "--gpus-per-node": gpus_per_node, "--nodes": nodes, "--network": network, "--price": price}
+    if wrong := [f"{name} {number:g}" for name, number in numbers.items() if number is not None and not number > 0]:
+        raise UserError(f"{', '.join(wrong)}: it takes more than 0.")
     given = preset_settings(preset) | flatten(settings, explicit=True)
     settled = resolve(given, complete=False)
-    vocab_size = settled.text.vocab_size or 65  # English letters and punctuation
-    here: tuple[str, float, float | None] = ("", 0.0, None)  # which takes no measuring
-    if gpu is None:
+    tokenizer = settled.text.tokenizer
+    suggested = suggested_size(text_bytes or 10**6) if tokenizer in SIZED or is_path(tokenizer) else 65  # English letters and punctuation
+    vocab_size = settled.text.vocab_size or suggested
+    if gpu is not None:
+        cluster = cluster_of(gpu, gpus_per_node, nodes, network)
+    else:
+        from nanogpt import machine, recipe  # which need torch, and that takes a second
+
+        between = ETHERNET if network is None else network * 1e9 / 8
         place = machine.choose(settled.machine)
-        here = (str(place), machine.peak(place.device, place.dtype), machine.memory_of(place.device))
         if settled.training.minutes is not None:
             chosen = recipe.choose(60 * settled.training.minutes, text_bytes or 10**6, vocab_size, place, given)
             given |= {choice.name: choice.value for choice in chosen}
         given |= place.settings().model_dump()
+        cluster = Cluster(str(place), machine.peak(place.device, place.dtype), machine.memory_of(place.device), None, between, between, gpus_per_node, nodes)
     settled = resolve(given)
-    found = plan(settled.model, settled.training, settled.machine, vocab_size, text_bytes, here, gpu, gpus_per_node, nodes)
-    print(json.dumps(found.asdict())) if as_json else report.show_plan(found)
+    corpus = corpus_of(text_bytes, tokenizer, vocab_size, nodes) if text_bytes else None
+    found = plan(settled.model, settled.training, settled.machine, vocab_size, cluster, corpus, price)
+    print(json.dumps(found.asdict()) if as_json else table(found))
 
 
 @app.command

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt.config import ModelConfig
+from nanogpt.sizes import QUERIES, SCORES, swiglu_width
 
-QUERIES = 1024  # that attend at a time where their probabilities or masks are held
-SCORES = 2**25  # logits that are held at a time
 EPSILON = 1e-6  # of RMSNorm, as in Qwen3
 
 
@@ -213,11 +212,6 @@ def gelu(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return x * torch.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))  # sqrt(8 / pi), and 0.044715 times it
     return F.gelu(x, approximate="tanh")
-
-
-def swiglu_width(n_embd: int) -> int:
-    """Channels inside a SwiGLU with the parameters of a four times wider layer: 8/3 of the width, rounded up to a multiple of 32."""
-    return -(-8 * n_embd // 3 // 32) * 32
 
 
 class Block(nn.Module):

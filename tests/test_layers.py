@@ -16,7 +16,7 @@ LAYERS = [
     {"prepare", "recipe", "generate", "report"},
     {"checkpoint", "evaluate", "plan"},
     {"data", "optim", "machine", "tokenizer", "model"},
-    {"corpus", "config"},
+    {"corpus", "config", "sizes"},
     {"files"},
     {"errors"},
 ]

@@ -18,11 +18,12 @@ import torch
 from nanogpt import checkpoint, generate, machine
 from nanogpt.config import PlaceConfig, read_toml, resolve, resolve_sampling
 from nanogpt.corpus import expand, findable
-from nanogpt.data import Tokens, token_dtype
+from nanogpt.data import Tokens
 from nanogpt.errors import Notice, UserError
 from nanogpt.evaluate import Loss, PositionLoss, Size, Verdict, evaluate, loss_by_position, ngram_losses
 from nanogpt.library.text import text_of
 from nanogpt.prepare import Prepared, is_prepared
+from nanogpt.sizes import token_dtype
 from nanogpt.tokenizer import Tokenizer
 
 

@@ -24,12 +24,13 @@ import numpy as np
 
 from nanogpt.config import TextConfig, is_path
 from nanogpt.corpus import expand, findable, is_prepared
-from nanogpt.data import Documents, Tokens, open_tokens, token_dtype
+from nanogpt.data import Documents, Tokens, open_tokens
 from nanogpt.errors import UserError
 from nanogpt.evaluate import ngram_losses
 from nanogpt.files import cache_dir, discard, require_space, sweep, write_text
 from nanogpt.prepare.scan import Scan, note_unknown
 from nanogpt.prepare.shards import ranges, read_unit, tokenizer_id, write_unit
+from nanogpt.sizes import token_dtype
 from nanogpt.tokenizer import Tokenizer, train_tokenizer
 
 VERSION = 3  # of the prepared files
@@ -168,8 +169,8 @@ def findable_paths(settings: Mapping[str, Any]) -> dict[str, str]:
     """Those of a text's settings that name a path, such that it means the same from every folder."""
     val, tokenizer = settings.get("val"), settings.get("tokenizer")
     paths = {"val": findable(os.fspath(val))} if val and isinstance(val, str | os.PathLike) else {}
-    if isinstance(tokenizer, os.PathLike) or is_path(str(tokenizer)):
-        paths["tokenizer"] = os.path.abspath(os.path.expanduser(os.fspath(tokenizer)))
+    if isinstance(tokenizer, os.PathLike) or (isinstance(tokenizer, str) and is_path(tokenizer)):
+        paths["tokenizer"] = os.path.abspath(os.path.expanduser(tokenizer))
     return paths
 
 

@@ -1,5 +1,6 @@
 """What happens in a run, told: events to the terminal, to files, and to whoever else wants them."""
 
+from nanogpt.plan import duration
 from nanogpt.report.events import (
     Began,
     Evaluated,
@@ -15,7 +16,7 @@ from nanogpt.report.events import (
     Stopping,
 )
 from nanogpt.report.log import RunLog
-from nanogpt.report.terminal import Terminal, duration, loss_table, printable, show_by_position, show_evaluation, show_plan, show_speed
+from nanogpt.report.terminal import Terminal, loss_table, printable, show_by_position, show_evaluation, show_speed
 
 __all__ = [
     "Began",
@@ -37,6 +38,5 @@ __all__ = [
     "printable",
     "show_by_position",
     "show_evaluation",
-    "show_plan",
     "show_speed",
 ]

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from nanogpt.evaluate import Loss, PositionLoss, Verdict
-from nanogpt.plan import SHARE, Plan, rounded
+from nanogpt.plan import duration, rounded
 from nanogpt.report.events import Began, Evaluated, Event, Finished, Interrupted, Sampled, Speed, Started, Stepped, Stopping
 
 QUIET_SECONDS = 10.0  # without a terminal, at most this long between two lines
@@ -186,27 +186,6 @@ def show_by_position(buckets: Sequence[PositionLoss]) -> None:
     console.print(table)
 
 
-def show_plan(plan: Plan) -> None:
-    """Print what a run would take."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    total, needed = sum(plan.parameters.values()), sum(plan.memory.values())
-    console.print(f"Parameters  {total / 1e6:,.2f} M: " + ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items()))
-    console.print(f"Memory      {needed / 1e9:,.2f} GB: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.memory.items()))
-    if plan.device_memory is not None and needed > plan.device_memory:
-        console.print(f"            More than the {plan.device_memory / 1e9:.0f} GB that are there: lower --context-length, --n-embd or --n-layer.")
-    again = ", inner activations computed again instead of kept" if plan.checkpoint_activations else ""
-    console.print(f"            with {plan.micro_batch_size} windows at a time{again}")
-    tokens = plan.steps * plan.tokens_per_step
-    arithmetic = f"{plan.flops_per_token / 1e6:,.1f} MFLOP a token, {plan.flops_per_token * tokens:.3g} FLOP for {tokens:,} tokens"
-    console.print(f"Arithmetic  {arithmetic} in {plan.steps:,} steps")
-    peak = f"{SHARE:.0%} of the peak of {rounded(plan.peak_flops_per_second / 1e12)} TFLOP/s"
-    console.print(f"Time        {duration(plan.seconds)} on {plan.where}, evaluations aside: {rounded(plan.step_seconds)} s a step, at {peak}")
-    if plan.exchange_seconds:
-        console.print(f"            {rounded(plan.exchange_seconds)} s of each step to add up gradients, none of it hidden behind arithmetic")
-    for hint in plan.hints:
-        console.print(f"Hint        {hint}")
-
-
 def show_speed(speed: Speed) -> None:
     """Print what was measured of a machine."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -217,13 +196,6 @@ def show_speed(speed: Speed) -> None:
         f"{speed.step_seconds:.3g} s a step of {speed.tokens_per_step:,} tokens (median of {speed.steps}), ready in {speed.ready_seconds:.1f} s"
     )
     console.print(f"Writing   {speed.write_tokens_per_second:,.0f} tokens/s, one text (median of {speed.tokens})")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def printable(text: str) -> str:
