@@ -8,18 +8,21 @@ from dataclasses import dataclass
 
 from nanogpt.sizes import token_dtype, unit_bytes
 
-# Measured by `benchmarks/prepare.py` on the two cores of the README's machine: bytes of text a second that a process reads to know it, reads again to choose
-# its tokens by (none for bytes), and encodes; and bytes of text in a token.
-READING = 1e8
-CHOOSING = {"char": 1e8, "byte": math.inf, "word": 1e8, "bpe": 1e8}
-ENCODING = {"char": 1e7, "byte": 1e7, "word": 1e7, "bpe": 5e6}
-BYTES_PER_TOKEN = {"char": 1.0, "byte": 1.0, "word": 3.0}
-BPE = ((1024, 2.4), (32_768, 4.0))  # the same by the size of the vocabulary
+# What `benchmarks/prepare.py rates` measured on the standard library's source, a core of the README's machine at a time: bytes of text a second that a process
+# reads to know it, and again to choose its tokens by, and that a core encodes; and bytes of text in a token. Prose in other scripts is another matter.
+READING = 380e6
+CHOOSING = {"char": 185e6, "byte": math.inf, "word": READING, "bpe": READING}
+CHOOSING_SECONDS = {"word": 35.0, "bpe": 35.0}  # for the sample that words and parts of words are chosen by
+ENCODING = {"char": 80e6, "byte": 90e6, "word": 2.6e6, "bpe": 2.6e6}
+BYTES_PER_TOKEN = {"char": 1.0, "byte": 1.0, "word": 1.7}
+BPE = ((1024, 2.6), (32_768, 4.1))  # the same by the size of the vocabulary
+CORES = 8  # of each machine, which encode at a time: processes that prepare use no more
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What comes of a text when it is prepared. Sizes are in bytes; `hours` are those of each machine, which first reads all of the text."""
+    """What comes of a text when it is prepared. Sizes are in bytes; hours are those of each machine, which first reads all of the text, and then
+    encodes its part."""
 
     text_bytes: int
     tokens: int
@@ -52,8 +55,8 @@ def corpus_of(text_bytes: int, tokenizer: str, vocab_size: int, machines: int = 
         shard_bytes=-(-tokens // shards) * size,
         disk_bytes=tokens * size,
         machines=machines,
-        reading_hours=text_bytes * (1 / READING + 1 / CHOOSING[kind]) / 3600,
-        encoding_hours=-(-shards // machines) / shards * text_bytes / ENCODING[kind] / 3600,
+        reading_hours=(text_bytes * (1 / READING + 1 / CHOOSING[kind]) + CHOOSING_SECONDS.get(kind, 0.0)) / 3600,
+        encoding_hours=-(-shards // machines) / shards * text_bytes / (CORES * ENCODING[kind]) / 3600,
     )
 
 

@@ -52,7 +52,8 @@ def memory(
 
     `half`: products are in 16 bits. Activations are what the backward pass needs of each layer, counted as in Korthikanti et al. 2022, section 4.1;
     with checkpoints, what goes into each layer, and the rest of one. Of several ranks, each holds all of the weights, gradients and moments with ddp, and
-    its share of them with fsdp, as in ZeRO's third stage (Rajbhandari et al. 2020, section 5.3); "buffers" are then what it has gathered at a time.
+    its share of them with fsdp, as in ZeRO's third stage (Rajbhandari et al. 2020, section 5.3); "buffers" are then what is whole for a while. Two things are
+    not shared: gradients that wait for more windows, and what the backward pass keeps of weights in 16 bits, unless activations are checkpointed.
     """
     counts = parameters(model, vocab_size)
     total, C, L, T, V = sum(counts.values()), model.n_embd, model.n_layer, model.context_length, vocab_size
@@ -78,23 +79,23 @@ def memory(
             block = rows * model.n_head * QUERIES * (QUERIES + (model.window or 0)) * (8 + 2 * b + drops_attention)
     layers = L * stream + attention + feed_forward if training.checkpoint_activations else L * (attention + feed_forward)
     sharded = parallel == "fsdp" and ranks > 1
-    share = 1 / ranks if sharded else 1.0
+    share, waiting = 1 / ranks if sharded else 1.0, rows < training.batch_size // ranks
     return {
-        "weights": 4 * total * share + (2 * matrices if half and not sharded else 0),
-        "gradients": 4 * total * share,
+        "weights": 4 * total * share + (2 * matrices if half and not (sharded and training.checkpoint_activations) else 0),
+        "gradients": 4 * total * (1.0 if waiting else share),
         "optimizer": 4 * moments * share,
         "activations": tokens * (layers + 2 * stream) + block,
         "logits": min(tokens, max(1, SCORES // V)) * V * (8 + (b if half else 0)),
         "batch": 2 * 16 * training.batch_size / ranks * T,  # two of them: the next is fetched meanwhile
-        "buffers": _gathered(model, vocab_size, b) if sharded else 0.0,
+        "buffers": _gathered(model, vocab_size, half) if sharded else 0.0,
     }
 
 
-def _gathered(model: ModelConfig, vocab_size: int, b: int) -> float:
-    """Bytes of what fsdp holds whole at a time, of `b` bytes a number: the block at hand and the next one, all that is in no block, and gradients of one of
-    these, which are also there in float32 while they are added up."""
+def _gathered(model: ModelConfig, vocab_size: int, half: bool) -> float:
+    """Bytes of what fsdp holds whole at a time: the block at hand, also in 16 bits, and the next one, all that is in no block, and the gradient of one of
+    these, which is there twice while it is added up."""
     block, rest = units(model, vocab_size)
-    return b * (2 * block + rest) + (b + 4) * max(block, rest)
+    return 4 * (2 * block + rest) + 2 * block * half + 8 * max(block, rest)
 
 
 def units(model: ModelConfig, vocab_size: int) -> tuple[int, int]:

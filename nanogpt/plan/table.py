@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from nanogpt.plan import SHARE, Corpus, Plan
+from nanogpt.plan.corpus import CORES
 from nanogpt.plan.numbers import duration, rounded, size
 
 
@@ -51,4 +52,4 @@ def _corpus(corpus: Corpus) -> Iterator[tuple[str, str]]:
     )
     each = f" by each of {corpus.machines} machines" * (corpus.machines > 1)
     parts = f"{duration(3600 * corpus.reading_hours)} to read it, {duration(3600 * corpus.encoding_hours)} to encode{' its part' * (corpus.machines > 1)}"
-    yield "", f"prepared in {duration(3600 * corpus.hours)}{each}: {parts}, as fast as two cores of the machine in the README"
+    yield "", f"prepared in {duration(3600 * corpus.hours)}{each}: {parts}, with {CORES} cores like those of the machine in the README"
