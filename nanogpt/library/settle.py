@@ -46,7 +46,7 @@ def _ends(settings: dict[str, Any]) -> bool:
 
 
 def settle(
-    run: Path, sources: Sequence[str], given: dict[str, Any], resuming: bool, begun: float | None, earlier: checkpoint.Parts | None
+    run: Path, sources: Sequence[str], given: dict[str, Any], resuming: bool, begun: float | None, earlier: checkpoint.Parts | None, ranks: machine.Ranks
 ) -> tuple[Config, Prepared, machine.Machine, list[Choice]]:
     """Everything that is decided before a model is built: settings, text and machine, and why. With `begun` the recipe has a say in a new run by the clock."""
     if resuming:
@@ -67,19 +67,19 @@ def settle(
     if prepared.about["sources"] == [prepared.about["folder"]]:  # the settings of a text that was prepared before are those it was prepared with
         given = given | {name: value for name, value in prepared.about["text"].items() if name != "cross_documents"}
         settled = resolve(given, complete=not recipe_follows)
-    place = machine.choose(settled.machine)
+    place = machine.choose(settled.machine, ranks)
     choices: list[Choice] = []
     if begun is not None and recipe_follows:
         left = 60 * given["minutes"] - (time.monotonic() - begun)
         with machine.memory_for("a model of these settings"):
-            choices = recipe.choose(left, len(prepared.train), prepared.tokenizer.vocab_size, place, given)
+            choices = recipe.choose(left, len(prepared.train), prepared.tokenizer.vocab_size, place, given, ranks.size)
         settled = resolve(given | {choice.name: choice.value for choice in choices})
     if earlier is not None:
         gentler = finetune.gentler(settled, given)
         settled = resolve(flatten(settled) | {choice.name: choice.value for choice in gentler})
         choices = [choice for choice in choices if choice.name not in {other.name for other in gentler}] + gentler
     settled = _fit_context(settled, asked, len(prepared.train))
-    seconds = _expected_seconds(settled, prepared, place)
+    seconds = _expected_seconds(settled, prepared, place) / (ranks.size if settled.training.minutes is None else 1)
     place, reasons = machine.for_training(place, settled.machine, settled.model, settled.training.batch_size, seconds)
     choices += [Choice(name, getattr(place.settings(), name), reason) for name, reason in reasons.items()]
     if not settled.text.cross_documents:
@@ -87,11 +87,11 @@ def settle(
     return settled.model_copy(update={"machine": place.settings()}), prepared, place, choices
 
 
-def smaller(asked: TrainingConfig, chosen: TrainingConfig, free: float | None) -> list[Choice]:
-    """What was chosen because memory does not suffice for a whole batch at once."""
-    reason = f"all {asked.batch_size} windows at once would take more than the {(free or 0) / 1e9:.2g} GB that are free"
+def smaller(asked: TrainingConfig, chosen: TrainingConfig, free: float | None, rows: int) -> list[Choice]:
+    """What was chosen because memory does not suffice for a whole batch at once, or for the `rows` of it that a process has."""
+    reason = f"all {rows} windows at once would take more than the {(free or 0) / 1e9:.2g} GB that are free"
     found = []
-    if asked.micro_batch_size is None and chosen.micro_batch_size != asked.batch_size:
+    if asked.micro_batch_size is None and chosen.micro_batch_size != rows:
         found.append(Choice("micro_batch_size", chosen.micro_batch_size, reason))
     if asked.checkpoint_activations is None and chosen.checkpoint_activations:
         found.append(Choice("checkpoint_activations", True, reason))
