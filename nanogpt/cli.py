@@ -29,6 +29,7 @@ TextSettings = Annotated[TextConfig, Parameter(name="*", group="Text")]
 SamplingSettings = Annotated[SamplingConfig, Parameter(name="*", group="Sampling")]
 Switch = Annotated[bool, Parameter(negative="")]
 Words = Annotated[str, Parameter(allow_leading_hyphen=True)]  # which may begin with a dash
+Texts = Annotated[str, Parameter(help="Files, folders, globs, - for standard input, or a built-in text: python, python-docs, shakespeare.")]
 AsJson = Annotated[bool, Parameter(name="--json", negative="")]
 
 app = App(name="nanogpt", version=nanogpt.__version__, help="Train a GPT on your own text, on the machine you have.", exit_on_error=False, print_error=False)
@@ -36,15 +37,13 @@ app = App(name="nanogpt", version=nanogpt.__version__, help="Train a GPT on your
 
 @app.command
 def train(
-    *text: str, out: Path | None = None, config: Path | None = None, preset: str | None = None, init_from: Path | None = None,
+    *text: Texts, out: Path | None = None, config: Path | None = None, preset: str | None = None, init_from: Path | None = None,
     resume: Switch = False, overwrite: Switch = False, settings: Settings = Config(),
 ) -> None:  # fmt: skip
     """Train a model on a text; watch it learn. Ctrl-C saves and stops.
 
     Parameters
     ----------
-    text
-        Files, folders, globs, - for standard input, or a built-in text: python, python-docs, shakespeare.
     out
         The run folder. [default: runs/NAME, by the name of the text]
     config
@@ -199,14 +198,12 @@ def compare(*run: Path, as_json: AsJson = False, plot: Path | None = None) -> No
 
 @app.command
 def prepare(
-    *text: str, out: Path, shard: str = "1/1", as_json: AsJson = False, settings: TextSettings = TextConfig(),
+    *text: Texts, out: Path, shard: str = "1/1", as_json: AsJson = False, settings: TextSettings = TextConfig(),
 ) -> None:  # fmt: skip
     """Make the tokens of a large text once, in one process or many; then nanogpt train OUT.
 
     Parameters
     ----------
-    text
-        Files, folders, globs, - for standard input, or a built-in text: python, python-docs, shakespeare.
     out
         The folder for them. A process that was ended goes on there.
     shard
