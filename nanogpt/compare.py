@@ -13,7 +13,7 @@ import shlex
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import cycle
+from itertools import cycle, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from rich.table import Table
 from nanogpt import checkpoint
 from nanogpt.config import flatten, read_toml, resolve
 from nanogpt.errors import UserError
-from nanogpt.report import duration, printable
+from nanogpt.report import duration, printable, read_records
 
 RUN_MARKS = ("config.toml", "metrics.jsonl", "model.safetensors")  # any of them makes a folder a run
 PACED = ("steps", "eval_every", "learning_rate", "matrix_learning_rate")  # what the recipe fits to the steps that it foresees in a run by the clock,
@@ -189,17 +189,8 @@ def _about(path: Path) -> dict[str, Any]:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, up to what a dying machine left unreadable."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(record, dict) or not any(all(isinstance(record.get(name), int | float) for name in names) for names in LINES):
-            break
-        records.append(record)
-    return records
+    """The lines of a metrics.jsonl, up to the first that lacks something."""
+    return list(takewhile(lambda record: any(all(isinstance(record.get(name), int | float) for name in names) for names in LINES), read_records(path)))
 
 
 def _curve(records: list[dict[str, Any]]) -> list[dict[str, float]]:

@@ -347,6 +347,7 @@ class Trainer:
         """What a model file tells of its training, besides weights, settings and tokenizer; without a loss, before the first evaluation, less."""
         about = self.text.about
         summary = {"step": self.position.step, "text": about["fingerprint"], "baselines": about["baselines"], "unused": about["unused"]}
+        summary["machine"] = str(self.machine)
         if loss is not None:
             summary |= {"val_loss": loss.val_loss, "bits_per_byte": loss.bits_per_byte}
             summary |= {"val_nats": loss.nats, "val_tokens": loss.tokens, "val_bytes": loss.bytes, "val_words": loss.words}

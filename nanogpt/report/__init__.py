@@ -14,7 +14,7 @@ from nanogpt.report.events import (
     Stepped,
     Stopping,
 )
-from nanogpt.report.log import RunLog
+from nanogpt.report.log import RunLog, read_records
 from nanogpt.report.terminal import Terminal, duration, loss_table, printable, show_by_position, show_evaluation, show_plan, show_speed
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "duration",
     "loss_table",
     "printable",
+    "read_records",
     "show_by_position",
     "show_evaluation",
     "show_plan",
