@@ -37,7 +37,7 @@ app = App(name="nanogpt", version=nanogpt.__version__, help="Train a GPT on your
 @app.command
 def train(
     *text: str, out: Path | None = None, config: Path | None = None, preset: str | None = None, init_from: Path | None = None,
-    resume: Switch = False, overwrite: Switch = False, settings: Settings = Config(),
+    resume: Switch = False, overwrite: Switch = False, track: Annotated[tuple[str, ...], Parameter(negative="")] = (), settings: Settings = Config(),
 ) -> None:  # fmt: skip
     """Train a model on a text; watch it learn. Ctrl-C saves and stops.
 
@@ -57,6 +57,8 @@ def train(
         Go on with the run in the folder, exactly where it was saved; it needs no text.
     overwrite
         Replace the run in the folder.
+    track
+        Give the numbers to a tracker too: tensorboard, trackio or wandb, without account or network; may be given more than once.
     """
     begun = time.monotonic()
     from nanogpt import library, report
@@ -67,7 +69,7 @@ def train(
     run = out or Path("runs") / _run_name(text[0])
     try:
         library.train(
-            text, run, config=config, preset=preset, init_from=init_from, resume=resume, overwrite=overwrite, begun=begun, on_event=terminal,
+            text, run, config=config, preset=preset, init_from=init_from, resume=resume, overwrite=overwrite, track=track, begun=begun, on_event=terminal,
             **flatten(settings, explicit=True),
         )  # fmt: skip
     finally:

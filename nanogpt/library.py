@@ -44,7 +44,7 @@ from nanogpt.files import locked, require_space, sweep, write_text
 from nanogpt.plan import SHARE, flops_per_token
 from nanogpt.prepare import Prepared, is_prepared, open_prepared, prepare
 from nanogpt.recipe import Choice
-from nanogpt.report import Event, Interrupted, RunLog, Started, Stopping
+from nanogpt.report import Event, Interrupted, RunLog, Started, Stopping, Trackers, write_report
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.trainer import Position, Trainer, build, fitted
 
@@ -207,6 +207,7 @@ def train(
     overwrite: bool = False,
     preset: str | None = None,
     init_from: str | os.PathLike[str] | None = None,
+    track: str | Sequence[str] = (),
     begun: float | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     **settings: Any,
@@ -216,6 +217,7 @@ def train(
     `out` is the run folder; without one nothing is kept but the model. `settings` are those of the command line, with underscores; they
     override those in the TOML file `config`, and those the `preset`. With `resume` a run goes on from its last state, and then needs no text.
     `init_from`, a run folder or a model file, is an earlier model that the run begins from: its shape and tokenizer stay, its context may change.
+    `track` names trackers that get the numbers too: tensorboard, trackio, wandb, offline unless WANDB_MODE says otherwise.
     Where neither `minutes` nor `steps`, `preset` or `config` is given, the run takes five minutes; the minutes begin at `begun` (by `time.monotonic`), or now.
     Errors: `UserError`, see its message. Ctrl-C and SIGTERM save to `out` before they raise `KeyboardInterrupt` and `SystemExit`.
     """
@@ -225,6 +227,9 @@ def train(
         raise UserError("There is no run to go on with.", "Name its folder: --out RUN, in Python out=RUN.")
     if resume and overwrite:
         raise UserError("A run cannot be resumed and overwritten at once.", "Leave out --resume or --overwrite.")
+    trackers = Trackers([track] if isinstance(track, str) else track)
+    if track and out is None:
+        raise UserError("A run that is tracked needs a folder.", "Name one, in Python out=RUN.")
     with ExitStack() as stack:
         run = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nanogpt-")))
         checkpoint.require_run_folder(run, resume=resume, overwrite=overwrite)
@@ -261,10 +266,14 @@ def train(
         write_text(run / "text.json", json.dumps(prepared.about, indent=1))
         asked = stack.enter_context(_stop_signals(on_event)) if out is not None else []
         trainer = Trainer(model, optimizer, prepared, settled.training, place, run, position, lambda: bool(asked), begun)
+        stack.callback(trackers.finish)
         log, event = RunLog(run), None
         for event in _events(trainer, settled, place, choices, needed, free):
             log(event)
+            trackers(event)
             on_event(event)
+        if out is not None:
+            write_report(run)
         if isinstance(event, Interrupted):
             raise KeyboardInterrupt if asked[0] == signal.SIGINT else SystemExit(128 + asked[0])
         return Model(checkpoint.load(run, place.device), place, run, prepared)

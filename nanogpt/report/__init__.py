@@ -14,8 +14,10 @@ from nanogpt.report.events import (
     Stepped,
     Stopping,
 )
+from nanogpt.report.html import write_report
 from nanogpt.report.log import RunLog, read_records
 from nanogpt.report.terminal import Terminal, duration, loss_table, printable, show_by_position, show_evaluation, show_plan, show_speed
+from nanogpt.report.trackers import Trackers
 
 __all__ = [
     "Began",
@@ -32,6 +34,7 @@ __all__ = [
     "Stepped",
     "Stopping",
     "Terminal",
+    "Trackers",
     "duration",
     "loss_table",
     "printable",
@@ -40,4 +43,5 @@ __all__ = [
     "show_evaluation",
     "show_plan",
     "show_speed",
+    "write_report",
 ]

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shlex
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
@@ -21,7 +22,8 @@ from typing import Any, TypeVar
 import nanogpt
 from nanogpt import checkpoint
 from nanogpt.config import Config, Section, read_toml, resolve
-from nanogpt.errors import UserError
+from nanogpt.errors import Notice, UserError
+from nanogpt.files import write_text
 from nanogpt.report.curves import Curve, chart, numbers, pooled
 from nanogpt.report.log import read_records
 from nanogpt.report.terminal import duration
@@ -82,6 +84,14 @@ def report(run: Path) -> str:
         f"<footer>Written by nanogpt {nanogpt.__version__} from the files of the run.</footer></main>"
         f'<script type="application/json" id="numbers">{encoded}</script><script>{script}</script></body></html>\n'
     )
+
+
+def write_report(run: Path) -> None:
+    """Write the page into the run folder, whole or not at all; a warning where it cannot be: by then the run itself is safe."""
+    try:
+        write_text(run / "report.html", report(run))
+    except (UserError, OSError) as error:
+        warnings.warn(f"The report could not be written: {error}", Notice, stacklevel=2)
 
 
 def _facts(run: Path) -> Facts:

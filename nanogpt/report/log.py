@@ -14,7 +14,7 @@ from nanogpt.report.events import Began, Evaluated, Event, Sampled, Saving, Star
 
 
 class RunLog:
-    """Writes metrics.jsonl (steps and evaluations) and samples.jsonl: the record that outlives the terminal."""
+    """Writes metrics.jsonl (steps and evaluations) and samples.jsonl."""
 
     def __init__(self, run: Path):
         self.metrics, self.samples = run / "metrics.jsonl", run / "samples.jsonl"
