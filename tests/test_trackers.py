@@ -133,8 +133,11 @@ def test_tensorboard_reads_what_was_written(story, tmp_path):
         assert [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)] == told
 
 
-def test_trackio_has_what_was_written(story, tmp_path, monkeypatch):
+def test_trackio_has_what_was_written(story, tmp_path, monkeypatch, capsys):
     pytest.importorskip("trackio")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    storage = pytest.importorskip("trackio.sqlite_storage")
+    monkeypatch.setattr(storage, "TRACKIO_DIR", tmp_path / "trackio")
     nanogpt.train(story, tmp_path / "run", track="trackio", **SETTINGS)
-    assert list((tmp_path / "trackio").glob("*.db"))
+    told = [(record["step"], name, value) for record in storage.SQLiteStorage.get_logs("nanogpt", "run") for name, value in record.items()]
+    assert [entry for entry in told if entry[1] not in ("step", "timestamp")] == list(wanted(tmp_path / "run"))
+    assert not capsys.readouterr().out

@@ -43,7 +43,7 @@ class Axis:
         """Round numbers on the scale, at most `most` of them where it is linear."""
         if self.log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            for digits in ((1, 2, 5), (1, 3), (1,)):
+            for digits in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,)):
                 found = [digit * 10.0**power for power in powers for digit in digits if self.low <= digit * 10.0**power <= self.high]
                 if len(found) <= most:
                     break
@@ -81,7 +81,7 @@ def chart(
     if right:
         scaled = Axis(up.low * right[1], up.high * right[1], up.log)
         marks += [_label("y right", 100 - 100 * scaled.place(value), short(value)) for value in scaled.ticks(most)]
-    marks += [_label("x", 100 * across.place(value), short(value)) for value in across.ticks(most)]
+    marks += [_label("x", 100 * across.place(value), short(value)) for value in across.ticks(most + 1)]
     marks += [_label("name", place, name) for name, place in _apart({name: 100 - 100 * up.place(value) for name, value in levels.items()})]
     keys = "".join(f'<span class="key {curve.colour}">{html.escape(curve.name)} <output></output></span>' for curve in curves)
     second = f'<span class="unit right">{html.escape(right[0])}</span>' if right else ""

@@ -64,7 +64,7 @@ def report(run: Path) -> str:
     figures, data = _curves(facts)
     sections = {
         "Curves": figures,
-        "Against counting": _ladder(facts),
+        "Compared with counting": _ladder(facts),
         "What it wrote": _samples(facts),
         "Text": _table(_text(facts)),
         "Machine": _table(_machine(facts)),
@@ -132,6 +132,11 @@ def _shown(text: object) -> str:
     return escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", str(text).replace("\r\n", "\n")))
 
 
+def _with_flags(text: str) -> str:
+    """Text as HTML, in which a flag and its value stay on one line."""
+    return re.sub(r"--[a-z-]+(?: [\d.]*\d)?", r'<span class="flag">\g<0></span>', _shown(text))
+
+
 def _slug(title: str) -> str:
     return title.lower().replace(" ", "-")
 
@@ -157,7 +162,7 @@ def _head(facts: Facts, name: str) -> str:
     cells = "".join(f"<div><dd>{value}</dd><dt>{label}</dt></div>" for label, value in figures.items() if value)
     return (
         f'<header><h1>{name}</h1><p class="lead">{_shown(lead)}.</p>'
-        f'<div class="verdict {_shown(verdict["kind"])}"><p>{_shown(verdict["sentence"])}</p>{state}</div>'
+        f'<div class="verdict {_shown(verdict["kind"])}"><p>{_with_flags(verdict["sentence"])}</p>{state}</div>'
         f'<dl class="figures">{cells}</dl></header>'
     )
 
@@ -198,7 +203,7 @@ def _curves(facts: Facts) -> tuple[str, list[object]]:
         "Gradient norm": ("before it is clipped", "grad_norm", True, False),
         "Speed": ("tokens a second", "tokens_per_second", False, True),
     }
-    drawn = [chart("Loss", "nats per token", losses, facts.step, levels=_baselines(facts), right=right, tall=True)]
+    drawn = [chart("Loss", "nats per token", losses, facts.step, levels=_baselines(facts), right=right, log=True, tall=True)]
     drawn += [chart(title, unit, [of_steps[name]], facts.step, log=log, zero=zero) for title, (unit, name, log, zero) in small.items()]
     note = "Across: steps. The training loss is of each step's own batch, drawn as means of neighbours with a band from the lowest to the highest."
     val_tokens = {record.get("val_tokens") for record in facts.evaluations}
@@ -303,7 +308,7 @@ def _commands(facts: Facts) -> str:
     if "-" in sources:
         again = f"cat TEXT | {again}"
     lines = [("The same run again", again), ("Let it write", f"nanogpt sample {run}"), ("Measure it", f"nanogpt eval {run}")]
-    lines += [("Does it copy its text?", f"nanogpt look {run} TEXT --copies"), ("Look inside", f"nanogpt serve {run}")]
+    lines += [("Does it copy its text?", f"nanogpt sample {run} | nanogpt look {run} - --copies"), ("Look inside", f"nanogpt serve {run}")]
     note = ""
     if training.minutes is not None:
         note = f"By the clock a run makes as many steps as the machine manages; with <code>--steps {facts.step}</code> it makes as many as this one."

@@ -5,9 +5,11 @@ otherwise. Refuses: a tracker that is not installed, before any work. One that f
 """
 
 import importlib
+import io
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -53,8 +55,9 @@ class Trackio:
     """A run in trackio's own database on this machine, for `trackio show`."""
 
     def __init__(self, module: ModuleType, run: Path, step: int, settings: dict[str, Any]):
-        self.module = module
-        module.init(project=PROJECT, name=run.resolve().name, config=settings, resume="allow" if step else "never", embed=False)
+        self.module, name = module, run.resolve().name
+        with redirect_stdout(io.StringIO()):  # where it would praise itself
+            module.init(project=PROJECT, name=name, config=settings, resume="allow" if step else "never", embed=False, auto_log_gpu=False, auto_log_cpu=False)
 
     def log(self, values: dict[str, float], step: int) -> None:
         """To the run that was begun."""
@@ -62,7 +65,8 @@ class Trackio:
 
     def finish(self) -> None:
         """Wait until all is in the database."""
-        self.module.finish()
+        with redirect_stdout(io.StringIO()):
+            self.module.finish()
 
 
 class Wandb:
