@@ -101,10 +101,14 @@ def _facts(run: Path) -> Facts:
         except (UserError, OSError, ValueError):
             return otherwise
 
-    records = known(lambda: read_records(run / "metrics.jsonl", MOST_STEPS), [])
-    samples = [record for record in known(lambda: read_records(run / "samples.jsonl"), []) if _has(record, ("step",)) and isinstance(record.get("text"), str)]
-    text = known(lambda: json.loads((run / "text.json").read_text(encoding="utf-8")), {})
-    summary, parameters = known(lambda: checkpoint.describe(run), ({}, 0))
+    nothing: list[dict[str, Any]] = []
+    unknown: tuple[dict[str, Any], int] = {}, 0
+    records = known(lambda: read_records(run / "metrics.jsonl", MOST_STEPS), nothing)
+    samples = [
+        record for record in known(lambda: read_records(run / "samples.jsonl"), nothing) if _has(record, ("step",)) and isinstance(record.get("text"), str)
+    ]
+    text = known(lambda: json.loads((run / "text.json").read_text(encoding="utf-8")), None)
+    summary, parameters = known(lambda: checkpoint.describe(run), unknown)
     return Facts(
         run=run,
         config=known(lambda: resolve(read_toml(run / "config.toml")), Config()),
@@ -206,8 +210,8 @@ def _curves(facts: Facts) -> tuple[str, list[object]]:
     drawn = [chart("Loss", "nats per token", losses, facts.step, levels=_baselines(facts), right=right, log=True, tall=True)]
     drawn += [chart(title, unit, [of_steps[name]], facts.step, log=log, zero=zero) for title, (unit, name, log, zero) in small.items()]
     note = "Across: steps. The training loss is of each step's own batch, drawn as means of neighbours with a band from the lowest to the highest."
-    val_tokens = {record.get("val_tokens") for record in facts.evaluations}
-    if val_tokens and None not in val_tokens and (most := max(val_tokens)) < facts.text.get("val_tokens", 0) - 1:
+    most = max((record.get("val_tokens", 0) for record in facts.evaluations), default=0)
+    if 0 < most < facts.text.get("val_tokens", 0) - 1:
         note += f" Evaluations during the run took {most:,} of the {facts.text['val_tokens']:,} held-out tokens, always the same ones."
     html = f'<div class="charts">{"".join(drawn)}</div><p class="note">{note}</p>'
     return html, [numbers(losses, facts.step), *(numbers([of_steps[name]], facts.step) for _, name, _, _ in small.values())]

@@ -109,9 +109,9 @@ class Trackers:
             settings = flatten(event.config) | {"parameters": event.parameters, "machine": event.machine}
             for name, module in self.modules.items():
                 self.open[name] = TRACKERS[name][1](module, Path(event.run), event.step, settings)
-        elif type(event) in NUMBERS:
-            values = {name: getattr(event, name) for name in NUMBERS[type(event)]}
-            self._each(lambda tracker: tracker.log(values, event.step))
+        elif isinstance(event, Stepped | Evaluated):
+            step, values = event.step, {name: getattr(event, name) for name in NUMBERS[type(event)]}
+            self._each(lambda tracker: tracker.log(values, step))
 
     def finish(self) -> None:
         """Have each write what it still holds."""
