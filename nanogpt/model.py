@@ -334,7 +334,7 @@ class GPT(nn.Module):
     def trunk(self, idx: Tensor, keys: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """idx (B, T) -> the stream after the last normalisation, (B, T, C). With a cache, idx continues what it holds."""
         T, attn = idx.shape[1], self.blocks[0].attn
-        assert cache is not None or T <= self.config.context_length, "more tokens than the context holds"
+        assert cache is not None or self.config.context_length >= T, "more tokens than the context holds"
         positions = torch.arange(T, device=idx.device).unsqueeze(0) if cache is None else cache.take(T)  # (B, T), or (1, T) for all rows
         S = T if cache is None else cache.end
         is_causal = len(positions) == 1 and attn.is_causal(T, S, keys)

@@ -6,5 +6,7 @@ In: a model and prompts with their settings. Out: pieces of text as soon as they
 """
 
 from nanogpt.generate.decoder import Decoder, TorchDecoder
+from nanogpt.generate.engine import Engine, Piece, Request, Text
+from nanogpt.generate.text import Ranges, Spelling, encode_prompt
 
-__all__ = ["Decoder", "TorchDecoder"]
+__all__ = ["Decoder", "Engine", "Piece", "Ranges", "Request", "Spelling", "Text", "TorchDecoder", "encode_prompt"]
