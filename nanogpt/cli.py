@@ -20,13 +20,14 @@ from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 
 import nanogpt
-from nanogpt.config import Config, PlaceConfig, SamplingConfig, TextConfig, explain, flatten, preset_settings, resolve
+from nanogpt.config import Config, PlaceConfig, SamplingConfig, ServeConfig, TextConfig, explain, flatten, preset_settings, resolve
 from nanogpt.errors import Notice, UserError
 
 Settings = Annotated[Config, Parameter(name="*")]
 PlaceSettings = Annotated[PlaceConfig, Parameter(name="*", group="Machine")]
 TextSettings = Annotated[TextConfig, Parameter(name="*", group="Text")]
 SamplingSettings = Annotated[SamplingConfig, Parameter(name="*", group="Sampling")]
+ServerSettings = Annotated[ServeConfig, Parameter(name="*", group="Server")]
 Switch = Annotated[bool, Parameter(negative="")]
 Words = Annotated[str, Parameter(allow_leading_hyphen=True)]  # which may begin with a dash
 AsJson = Annotated[bool, Parameter(name="--json", negative="")]
@@ -82,7 +83,7 @@ def sample(
     n: int = 1, seed: int | None = None, strict: Switch = False,
     as_json: AsJson = False, sampling: SamplingSettings = SamplingConfig(), machine: PlaceSettings = PlaceConfig(),
 ) -> None:  # fmt: skip
-    """Let a model write; the text streams as it is made.
+    """Let a model write; the text streams as it is made. At a terminal, without a prompt, it asks for prompts, and settings can be changed between them.
 
     Parameters
     ----------
@@ -103,7 +104,8 @@ def sample(
     as_json
         One JSON object instead of text.
     """
-    from nanogpt import library, report
+    from nanogpt import library
+    from nanogpt import sample as texts
 
     if n < 1:
         raise UserError(f"--n {n} asks for no text.", "Use --n 1 or more.")
@@ -111,27 +113,15 @@ def sample(
         raise UserError("Both --prompt and --prompt-file were given.", "Leave one of them out.")
     if prompt_file is not None:
         prompt = _read_prompt(prompt_file, encoding)
-    _end_quietly_with_the_reader()
-    show = report.printable if sys.stdout.isatty() else str
     loaded = library.load(model, **machine.model_dump(exclude_unset=True))
+    if prompt is None and not as_json and sys.stdin.isatty() and sys.stdout.isatty():
+        return texts.converse(loaded, n, seed, strict, sampling)
+    _end_quietly_with_the_reader()
     first = library.new_seed() if seed is None else seed
     if seed is None and not as_json:
         print(f"--seed {first}", file=sys.stderr)
-    options = sampling.model_dump()
-    texts = []
-    for i in range(n):
-        pieces = loaded.stream(prompt, seed=first + i, strict=strict, **options)
-        if as_json:
-            texts.append({"seed": first + i, "text": "".join(pieces)})
-            continue
-        if n > 1:
-            print(f"--- {i + 1} of {n}, seed {first + i} ---")
-        print(show(prompt or ""), end="")
-        for piece in pieces:
-            print(show(piece), end="", flush=True)
-        print()
-    if as_json:
-        print(json.dumps({"prompt": prompt or "", "samples": texts}, ensure_ascii=False))
+    requests = texts.requests_for(loaded, prompt, n, first, strict, sampling)
+    (texts.print_json if as_json else texts.print_texts)(loaded, prompt or "", requests)
 
 
 @app.command(name="eval")
@@ -174,6 +164,27 @@ def evaluate(
         report.show_evaluation(result, result.baselines, result.verdict, str(model))
         if by_position:
             report.show_by_position(result.by_position)
+
+
+@app.command
+def serve(
+    model: Path = Path("runs"), /, *, deterministic: Switch = False,
+    server: ServerSettings = ServeConfig(), machine: PlaceSettings = PlaceConfig(),
+) -> None:  # fmt: skip
+    """Serve models: a page to look at runs and to write with them, and the OpenAI-compatible API for programs.
+
+    Parameters
+    ----------
+    model
+        A run folder or a model file; or a folder of runs, whose models are loaded when they are asked for.
+    deterministic
+        Make each text the same as if its request had come alone, bit for bit, where that is slower.
+    """
+    from nanogpt.serve import run
+    from nanogpt.serve.models import Models
+
+    models = Models(model, server, machine, deterministic)
+    run(models, model, on_ready=lambda url: _show_server(url, models.names, server.api_key is not None))
 
 
 @app.command
@@ -345,6 +356,15 @@ def _run_name(text: str) -> str:
     path = Path("stdin" if text == "-" else text).resolve()
     name = Path(path.stem).stem if is_packed(path.name) else path.stem
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "text"
+
+
+def _show_server(url: str, names: list[str], needs_key: bool) -> None:
+    """Where the server is, and how a program asks it."""
+    body = shlex.quote(json.dumps({"model": names[0] if names else "NAME", "prompt": "Once upon", "max_tokens": 100}, ensure_ascii=False))
+    key = ' -H "Authorization: Bearer $NANOGPT_API_KEY"' if needs_key else ""
+    print(f"Page     {url}/\nAPI      {url}/v1 ({len(names)} model{'s' * (len(names) != 1)})")
+    print(f"Try it   curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d {body}")
+    print("Ctrl-C ends it, when what is under way has finished.", flush=True)
 
 
 def _end_quietly_with_the_reader() -> None:
