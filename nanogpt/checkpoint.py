@@ -30,7 +30,7 @@ from nanogpt.optim import Optimizer
 from nanogpt.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
-RUN_FILES = {"config.toml", "text.json", "metrics.jsonl", "samples.jsonl", "model.safetensors", "state", ".lock"}
+RUN_FILES = {"config.toml", "text.json", "metrics.jsonl", "samples.jsonl", "model.safetensors", "copies.safetensors", "state", ".lock"}
 PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 
 

@@ -13,7 +13,7 @@ LAYERS = [
     {"cli"},
     {"library", "bench"},
     {"trainer", "finetune", "compare"},
-    {"prepare", "recipe", "generate", "report"},
+    {"prepare", "recipe", "generate", "look", "report"},
     {"checkpoint", "evaluate", "plan"},
     {"data", "optim", "machine", "tokenizer", "model"},
     {"corpus", "config"},
