@@ -13,40 +13,37 @@ export async function ask(path, body, signal) {
   return response.json();
 }
 
-/** The pieces of text that the model writes, as they come: `onPiece({index, text, tokens: [{text, logprob, top}], finish})`. */
-export async function complete(body, onPiece, signal) {
+/** The texts that the model writes, as they come: `onNews({index, text, tokens: [{logprob, top, offset}], finish})`, offsets in characters of prompt and text. */
+export async function complete(body, onNews, signal) {
   const response = await send("/v1/completions", { ...body, stream: true }, signal);
   let rest = "";
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (;;) {
     const { value, done } = await reader.read();
     if (done) return;
-    const events = (rest + value).split(/\r?\n\r?\n/);
+    const events = (rest + value).split("\n\n");
     rest = events.pop();
     for (const event of events) {
-      const data = event.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trim()).join("\n");
-      if (!data || data === "[DONE]") continue;
+      const data = event.replace(/^data: /, "");
+      if (data === "[DONE]") continue;
       const message = JSON.parse(data);
       if (message.error) throw new Error(message.error.message);
-      for (const part of message.choices) onPiece({ index: part.index, text: part.text, tokens: tokensOf(part.logprobs), finish: part.finish_reason });
+      for (const { index, text, logprobs, finish_reason } of message.choices) onNews({ index, text, tokens: tokensOf(logprobs), finish: finish_reason });
     }
   }
 }
 
 function tokensOf(logprobs) {
-  if (!logprobs) return [];
-  return logprobs.tokens.map((text, i) => ({
-    text,
+  return (logprobs?.tokens ?? []).map((_, i) => ({
     logprob: logprobs.token_logprobs[i],
-    top: Object.entries(logprobs.top_logprobs?.[i] ?? {}).sort((a, b) => b[1] - a[1]),
+    top: Object.entries(logprobs.top_logprobs[i]).sort((a, b) => b[1] - a[1]),
+    offset: logprobs.text_offset[i],
   }));
 }
 
 async function send(path, body, signal) {
-  const headers = {};
-  if (sessionStorage.getItem("key")) headers.Authorization = `Bearer ${sessionStorage.getItem("key")}`;
-  const options = { headers, signal };
-  if (body !== undefined) Object.assign(options, { method: "POST", headers: { ...headers, "Content-Type": "application/json" }, body: JSON.stringify(body) });
+  const options = { signal };
+  if (body !== undefined) Object.assign(options, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
   let response;
   try {
     response = await fetch(path, options);

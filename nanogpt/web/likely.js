@@ -26,12 +26,13 @@ export class Likely {
     (this.list.querySelector("button") ?? this.node).focus({ preventScroll: true });
   }
 
+  /** A part of a character, which the server writes as bytes, cannot be chosen: text cannot go on from it. */
   row({ text, share, taken }, onchoose) {
     const bar = el("span", { className: "bar" });
     bar.style.setProperty("--share", `${100 * share}%`);
     const words = `${nameOf(text)}, ${percent(share)}${taken ? ", which stands there" : ""}`;
     const parts = [el("span", { className: "token-name" }, nameOf(text)), el("span", { className: "share" }, percent(share)), bar];
-    if (!onchoose) return el("div", { className: taken ? "taken" : "", "aria-label": words, role: "img" }, ...parts);
+    if (!onchoose || text.startsWith("bytes:\\x")) return el("div", { className: taken ? "taken" : "", "aria-label": words, role: "img" }, ...parts);
     const choose = () => {
       this.origin = null;
       this.node.hidePopover();

@@ -104,8 +104,11 @@ function neuronsView() {
     text.set(found.pieces);
     const highest = Math.max(1e-9, ...found.activations.map(Math.abs));
     text.shade(found.activations.map((value) => value / highest));
-    more.hidden = !found.excerpts.length;
-    excerpts.replaceChildren(...found.excerpts.map((excerpt) => excerptOf(excerpt)));
+    const own = found;
+    excerpts.replaceChildren(el("li", { className: "quiet" }, "Reading it …"));
+    const passages = await ask("/page/look/exciting", { model, layer: found.layer, neuron: found.neuron });
+    if (own !== found) return; // another neuron was chosen meanwhile
+    excerpts.replaceChildren(...(passages.length ? passages.map(excerptOf) : [el("li", { className: "quiet" }, "The held-out text of this model is not at hand.")]));
   }
   return { node, show };
 }

@@ -40,6 +40,12 @@ export class TokenText {
     }
   }
 
+  /** Put text behind the last token, as part of it. */
+  extend(text) {
+    this.texts[this.texts.length - 1] += text;
+    this.spans.at(-1).textContent = this.texts.at(-1);
+  }
+
   /** Cut off the tokens from place `i` on. */
   cut(i) {
     for (const span of this.spans.splice(i)) span.remove();

@@ -50,7 +50,8 @@ export function writeTab(panel, model) {
 
   /** Show what else was likely at a place of a text. */
   function offer(place, span, text) {
-    const { text: taken, logprob, top } = text.tokens[place];
+    const { logprob, top } = text.tokens[place];
+    const taken = text.text.texts[place];
     const known = top.some(([other]) => other === taken) ? top : [...top, [taken, logprob]];
     const entries = known.map(([other, log]) => ({ text: other, share: Math.exp(log), taken: other === taken }));
     likely.open(span, "Likely here", entries, (other) => goOn(text, place, { text: other, logprob: Math.log(entries.find((entry) => entry.text === other).share) }));
@@ -78,7 +79,7 @@ export function writeTab(panel, model) {
       if (problem.name !== "AbortError") error.replaceChildren(failure(problem));
       else announce("Stopped");
     } finally {
-      texts.forEach((text) => text.end());
+      texts.forEach((text) => text.rest());
       if (running === own) [stop.hidden, running] = [true, null];
     }
   }
@@ -109,17 +110,27 @@ class Continuation {
     this.node.classList.add("writing");
     this.node.setAttribute("aria-busy", "true");
     this.finish = null;
+    this.end = [...this.all()].length; // characters of prompt and text so far
   }
 
-  take({ tokens, finish }) {
-    this.text.add(tokens.map((token) => token.text));
+  /** Add what is new: a token's text goes from its offset to the next one's; what stands before the first belongs to the token before it. */
+  take({ text, tokens, finish }) {
+    const [known, signs] = [this.tokens.length, [...text]];
+    const places = [...tokens.map(({ offset }) => offset - this.end), signs.length];
+    if (places[0] > 0 && known) this.text.extend(signs.slice(0, places[0]).join(""));
+    this.text.add(tokens.map((_, i) => signs.slice(places[i], places[i + 1]).join("")));
+    this.end += signs.length;
     this.tokens.push(...tokens);
-    this.text.shade(this.tokens.map((token) => shadeOfBits(-token.logprob / NATS_A_BIT)), this.tokens.length - tokens.length);  // prettier-ignore
+    this.shade(known);
     this.finish = finish ?? this.finish;
     this.describe();
   }
 
-  end() {
+  shade(from) {
+    this.text.shade(this.tokens.map((token) => shadeOfBits(-token.logprob / NATS_A_BIT)), from);  // prettier-ignore
+  }
+
+  rest() {
     this.node.classList.remove("writing");
     this.node.removeAttribute("aria-busy");
     this.finish ??= "cancelled";
@@ -131,12 +142,13 @@ class Continuation {
     this.state.textContent = `${this.tokens.length} tokens${ends[this.finish] ?? ""}`;
   }
 
+  /** Put another token at a place, and drop what came after it. */
   replace(place, { text, logprob }) {
     const { top } = this.tokens[place];
-    this.tokens.splice(place, Infinity, { text, logprob, top });
+    this.tokens.splice(place, Infinity, { logprob, top });
     this.text.cut(place);
     this.text.add([text]);
-    this.text.shade(this.tokens.map((token) => shadeOfBits(-token.logprob / NATS_A_BIT)), place);  // prettier-ignore
+    this.shade(place);
     this.text.choose(place);
     this.text.reach(place);
   }
