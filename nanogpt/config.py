@@ -166,6 +166,12 @@ class SamplingConfig(Section):
     """Draw from the likeliest tokens that together have this probability."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Draw from tokens at least this share as likely as the likeliest."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1, tokens that occurred already are drawn less; 1 is off."""
+    logit_bias: Annotated[dict[int, float], Parameter(parse=False)] = {}
+    """What is added to the logits of tokens, by token; from programs only."""
+    allowed: Annotated[tuple[int, ...] | None, Parameter(parse=False)] = None
+    """The only tokens to draw, if given; from programs only."""
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Parameter(negative="", allow_leading_hyphen=True)] = ()
     """End before this text; may be given more than once."""
 
