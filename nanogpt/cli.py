@@ -20,13 +20,14 @@ from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 
 import nanogpt
-from nanogpt.config import Config, PlaceConfig, SamplingConfig, TextConfig, explain, flatten, preset_settings, resolve
+from nanogpt.config import Config, PlaceConfig, SamplingConfig, ServeConfig, TextConfig, explain, flatten, preset_settings, resolve
 from nanogpt.errors import Notice, UserError
 
 Settings = Annotated[Config, Parameter(name="*")]
 PlaceSettings = Annotated[PlaceConfig, Parameter(name="*", group="Machine")]
 TextSettings = Annotated[TextConfig, Parameter(name="*", group="Text")]
 SamplingSettings = Annotated[SamplingConfig, Parameter(name="*", group="Sampling")]
+ServerSettings = Annotated[ServeConfig, Parameter(name="*", group="Server")]
 Switch = Annotated[bool, Parameter(negative="")]
 Words = Annotated[str, Parameter(allow_leading_hyphen=True)]  # which may begin with a dash
 AsJson = Annotated[bool, Parameter(name="--json", negative="")]
@@ -161,6 +162,27 @@ def evaluate(
         report.show_evaluation(result, result.baselines, result.verdict, str(model))
         if by_position:
             report.show_by_position(result.by_position)
+
+
+@app.command
+def serve(
+    model: Path = Path("runs"), /, *, deterministic: Switch = False,
+    server: ServerSettings = ServeConfig(), machine: PlaceSettings = PlaceConfig(),
+) -> None:  # fmt: skip
+    """Serve models: a page to look at runs and to write with them, and the OpenAI-compatible API for programs.
+
+    Parameters
+    ----------
+    model
+        A run folder or a model file; or a folder of runs, whose models are loaded when they are asked for.
+    deterministic
+        Make each text the same as if its request had come alone, bit for bit, where that is slower.
+    """
+    from nanogpt.serve import run
+    from nanogpt.serve.models import Models
+
+    models = Models(model, server, machine, deterministic)
+    run(models, model, on_ready=lambda url: _show_server(url, models.names, server.api_key is not None))
 
 
 @app.command
@@ -328,6 +350,15 @@ def _read_prompt(name: str, encoding: str | None) -> str:
 def _run_name(text: str) -> str:
     """What a run is called when nobody named it: as its first text, in characters that every system allows in a file name."""
     return re.sub(r"[^\w.-]+", "-", "stdin" if text == "-" else Path(text).resolve().stem).strip("-.") or "text"
+
+
+def _show_server(url: str, names: list[str], needs_key: bool) -> None:
+    """Where the server is, and how a program asks it."""
+    body = shlex.quote(json.dumps({"model": names[0] if names else "NAME", "prompt": "Once upon", "max_tokens": 100}, ensure_ascii=False))
+    key = ' -H "Authorization: Bearer $NANOGPT_API_KEY"' if needs_key else ""
+    print(f"Page     {url}/\nAPI      {url}/v1 ({len(names)} model{'s' * (len(names) != 1)})")
+    print(f"Try it   curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d {body}")
+    print("Ctrl-C ends it, when what is under way has finished.", flush=True)
 
 
 def _end_quietly_with_the_reader() -> None:

@@ -25,10 +25,12 @@ COLUMNS = ("step", "seconds", "tokens", "train_loss", "learning_rate", "grad_nor
 
 
 def find(runs: Path | None) -> dict[str, Path]:
-    """The run folders in `runs`, or `runs` itself where that is one, by name: the one last written to first."""
-    if runs is None or not runs.is_dir():
+    """The run folders in `runs`, or `runs` itself where that is one or its model file, by name: the one last written to first."""
+    if runs is None or not runs.exists():
         return {}
     runs = runs.resolve()
+    if runs.is_file():
+        return find(runs.parent) if (runs.parent / "config.toml").is_file() else {}
     folders = [runs] if (runs / "config.toml").is_file() else [path for path in runs.iterdir() if (path / "config.toml").is_file()]
     inside = [path for path in folders if path.resolve().is_relative_to(runs) and _is_text(path.name)]
     return {path.name: path for path in sorted(inside, key=_last_written, reverse=True)}

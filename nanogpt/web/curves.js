@@ -8,10 +8,10 @@ const NATS_TO_BITS = 1 / Math.log(2);
 
 export const AXES = { step: "steps", seconds: "seconds of training", tokens: "tokens read" };
 export const BASELINES = {
-  uniform: "all signs equally likely",
-  unigram: "by how frequent each sign is",
-  bigram: "knowing one sign before",
-  trigram: "knowing two signs before",
+  uniform: "chance, which takes all signs for equally likely",
+  unigram: "a table of how frequent each sign is",
+  bigram: "a table of what follows each sign",
+  trigram: "a table of what follows each two signs",
 };
 
 let loading;
@@ -74,17 +74,24 @@ export class Chart {
     const range = this.key === key && this.div.layout?.xaxis.autorange === false ? this.div.layout.xaxis.range : null;
     this.key = key;
     const limits = range && (options.logX ? range.map((value) => 10 ** value) : range);
-    const { traces, annotations = [] } = this.traces(runs, { ...options, limits });
+    const { traces, annotations = [], highest } = this.traces(runs, { ...options, limits });
     const title = typeof this.title === "function" ? this.title(options) : this.title;
     this.div.setAttribute("aria-label", `${title}, over ${AXES[options.axis]}: ${runs.map((run) => run.log.name).join(", ") || "no run chosen"}`);
+    const top = !options.logY && !range && highest ? { range: [lowest(traces), highest] } : {};
     const ticks = options.axis === "seconds" && !options.logX ? timeTicks(runs) : {};
     await Plotly.react(this.div, traces, look({
       uirevision: key, annotations,
       xaxis: { type: options.logX ? "log" : "linear", title: { text: AXES[options.axis], standoff: 6 }, nticks: 8, ...ticks },
-      yaxis: { type: options.logY ? "log" : "linear", nticks: 6, exponentformat: "power", minexponent: 5 },
+      yaxis: { type: options.logY ? "log" : "linear", nticks: 6, ...top, exponentformat: "power", minexponent: 5 },
     }), PLAIN);  // prettier-ignore
     if (first) this.div.on("plotly_relayout", (change) => Object.keys(change).some((name) => name.startsWith("xaxis")) && this.draw([...this.last[0]], this.last[1]));
   }
+}
+
+/** Where a vertical axis begins: a little below the lowest point. */
+function lowest(traces) {
+  const least = Math.min(...traces.flatMap((trace) => trace.y.filter((value) => value !== null)));
+  return Number.isFinite(least) ? 0.93 * least : 0;
 }
 
 function timeTicks(runs) {
@@ -115,7 +122,7 @@ export function losses(runs, options) {
   const traces = [];
   for (const run of runs) {
     const factor = options.bits ? run.about.bits_per_nat ?? NATS_TO_BITS : 1;
-    traces.push(stepTrace(run, "train_loss", factor, options, { digits: ".3f", unit, width: 1, opacity: 0.45, label: "training " }));
+    traces.push(stepTrace(run, "train_loss", factor, options, { digits: ".3f", unit, width: 1.2, opacity: 0.55, label: "training " }));
     const y = run.log.evaluations.map((evaluation) => (options.bits ? evaluation.bits_per_byte : evaluation.val_loss));
     traces.push({
       x: run.log.evaluationsOver(options.axis), y, type: "scatter", mode: "lines+markers", name: plain(run.log.name), line: { color: run.colour, width: 2.5 }, marker: { size: 6 },
@@ -135,7 +142,8 @@ export function losses(runs, options) {
       text: `${name} ${number(value, 2)}`, font: { size: 11, color: muted },
     });  // prettier-ignore
   }
-  return { traces, annotations };
+  const chance = baselinesOf(runs, options.bits).find(([name]) => name === "uniform"); // the first steps, which are worse, would squeeze all others
+  return { traces, annotations, highest: chance && chance[1] * 1.06 };
 }
 
 /** The baselines of the first run that knows them, where all agree; runs on different texts have none in common. */

@@ -133,8 +133,8 @@ function verdictOf(run) {
   if (run.verdict && run.state === "finished") return run.verdict.sentence;
   if (run.val_loss === null) return "No evaluation yet: the first one measures the model on text that it does not learn from.";
   const nats = Object.entries(run.baselines).filter(([, loss]) => run.val_loss < loss).sort((a, b) => a[1] - b[1])[0];
-  const so = nats ? `So far it predicts better than counting does ${BASELINES[nats[0]]} (${nats[0]}).` : "So far it predicts worse than counting signs does.";
-  return run.state === "training" ? so : `${so} It stopped before its end: nanogpt train --resume --out FOLDER goes on.`;
+  const so = nats ? `So far it predicts held-out text better than ${BASELINES[nats[0]]}.` : "So far it predicts held-out text no better than chance.";
+  return run.state === "training" ? so : `${so} It stopped before its end; to go on: nanogpt train --resume --out FOLDER`;
 }
 
 function makeCharts(view) {
@@ -145,9 +145,9 @@ function makeCharts(view) {
   const main = new Chart(holder("chart large"), losses, () => `Loss in ${options.bits ? "bits per byte" : "nats per token"}`);
   const others = Object.entries(small).map(([name, [title, digits, unit]]) => ({ title, chart: new Chart(holder("chart small"), column(name, digits, unit), title) }));
   const title = el("h3", {});
-  const explain = el("p", { className: "quiet key" },
-    el("span", { className: "key-line thick" }), "held-out text", el("span", { className: "key-line" }), "training",
-    el("span", { className: "key-line dotted" }), "counting alone: ", "uniform is chance, trigram counts three signs in a row. Drag to zoom, double-click to go back.");  // prettier-ignore
+  const key = (kind, words) => el("span", {}, el("span", { className: `key-line ${kind}` }), words);
+  const explain = el("p", { className: "quiet key" }, key("thick", "held-out text"), key("", "training"), key("dotted", "counting alone, from chance to three signs in a row"),
+    el("span", {}, "Drag to zoom, double-click to go back."));  // prettier-ignore
   const node = el("div", { className: "panel" },
     el("div", { className: "toolbar" }, title,
       choice("Unit of the loss", [[true, "Bits per byte"], [false, "Nats per token"]], options.bits, set("bits")),
