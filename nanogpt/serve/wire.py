@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -17,7 +17,7 @@ from nanogpt.config import SamplingConfig
 TEXTS = 128  # of one request
 PROMPT_TOKENS = 65_536  # of one prompt; the model looks back on its own context
 WORK = 500_000  # tokens of one request, each counted once more for every alternative beside it: some hundred megabytes
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=PROMPT_TOKENS), FailFast()]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=PROMPT_TOKENS, fail_fast=True)]
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}  # of errors, by status
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -47,9 +47,9 @@ class CompletionRequest(_Strict):
     """A name of /v1/models."""
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=TEXTS), FailFast()]
+        | Annotated[list[str], Field(min_length=1, max_length=TEXTS, fail_fast=True)]
         | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=TEXTS), FailFast()]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=TEXTS, fail_fast=True)]
     ) = ""
     """What to continue: a text, several, its tokens, or those of several. Empty, it is the beginning of a text."""
     max_tokens: Annotated[int, Field(ge=0, le=WORK)] = 16
@@ -68,9 +68,9 @@ class CompletionRequest(_Strict):
     """Texts for each prompt; the second has the next seed, and so on."""
     seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
     """Same seed, same text; none, another text each time."""
-    stop: Stop | Annotated[list[Stop], Field(max_length=16), FailFast()] = Field([], validate_default=False)
+    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] = Field([], validate_default=False)
     """End before one of these."""
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024), FailFast()] = {}
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] = {}
     """What is added to the logits of tokens, by token."""
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     """Tell each token's log-probability, and so many of the likeliest ones."""
