@@ -31,7 +31,8 @@ from nanogpt.optim import Optimizer
 from nanogpt.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
-RUN_FILES = {"config.toml", "text.json", "metrics.jsonl", "samples.jsonl", "model.safetensors", "state", "report.html", "tensorboard", "wandb", ".lock"}
+RUN_FILES = {"config.toml", "text.json", "metrics.jsonl", "samples.jsonl", "model.safetensors", "copies.safetensors", "state", "report.html", ".lock"}
+RUN_FILES |= {"tensorboard", "wandb"}  # of trackers
 PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 
 

@@ -41,6 +41,8 @@ from nanogpt.data import Tokens, token_dtype
 from nanogpt.errors import Notice, UserError
 from nanogpt.evaluate import Loss, PositionLoss, Size, Verdict, evaluate, loss_by_position, ngram_losses
 from nanogpt.files import locked, require_space, sweep, write_text
+from nanogpt.look import Look
+from nanogpt.look.copies import Index, open_index
 from nanogpt.plan import SHARE, flops_per_token
 from nanogpt.prepare import Prepared, is_prepared, open_prepared, prepare
 from nanogpt.recipe import Choice
@@ -78,6 +80,7 @@ class Model:
         """`as_asked`: the precision was asked for, and so is that of writing too."""
         self._model, self._machine, self._path, self._text = parts.model, place, path, prepared
         self._writer = place if as_asked else place.for_single_rows()
+        self._index: Index | None = None
         self._decoders: dict[int, generate.Decoder] = {}  # that nobody uses, by their rows
         self.tokenizer: Tokenizer = parts.tokenizer
         self.summary: dict[str, Any] = parts.summary
@@ -173,6 +176,33 @@ class Model:
             raise UserError(f"logits takes rows of one length, 1 to {context}, of token ids below {vocab_size}; the rows have lengths {sorted(lengths)}.")
         with self._machine.autocast():
             return self._model(torch.tensor(ids, device=self._machine.device)).float().cpu().numpy()
+
+    def look(self, text: str) -> Look:
+        """What happens inside the model while it reads a text, and what of it stands in the training text: see `look.Look`, whose methods give plain data."""
+        start = generate.encode_prompt(self.tokenizer, None, self.summary["unused"], self._model.config.context_length)[0]
+        return Look(
+            text, self._model, self.tokenizer, self._machine, start, self.summary["unused"], self._copies_index, lambda: self._training_text().val
+        )
+
+    def _copies_index(self) -> Index:
+        """The index of the training text, which is opened once, and lies in the run folder."""
+        if self._index is None:
+            prepared = self._training_text()
+            path = self._run / "copies.safetensors" if (self._run / "text.json").is_file() else None
+            self._index = open_index(path, prepared.train, prepared.val, self.tokenizer)
+        return self._index
+
+    def _training_text(self) -> Prepared:
+        """The text the model was trained on. Errors: `UserError` where it is gone, or another by now."""
+        try:
+            if self._text is None:
+                self._text = self._find_text()
+        except UserError as error:
+            raise UserError(f"The text that the model was trained on is gone: {error}") from error
+        if self._text is None:
+            what = f"The text that the model was trained on is not at hand: {self._path} is not in its run folder, or the folder is another run's."
+            raise UserError(what, "Give it the run folder that the training made.")
+        return self._text
 
     @property
     def _run(self) -> Path:

@@ -126,17 +126,26 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C). `turn` is that of `turns`, for modern; `mask` that of `causal_mask`, None where none is needed; key (B,) for dropout;
         with a cache, the T tokens also attend to what it holds."""
         B, T, C = x.shape
+        q, k, v = self.heads(x, turn)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # (B, K, S, D)
+        k, v = self.share(k), self.share(v)  # (B, H, S, D)
+        at_once = T <= QUERIES or self.is_causal(T, k.shape[2], key)
+        y = self.attend(q, k, v, mask, key) if at_once else self.attend_by_blocks(q, k, v, key)  # (B, H, T, D)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+    def heads(self, x: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C) -> queries (B, H, T, D), keys and values (B, K, T, D), normalised and turned where the shape is modern."""
+        B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2K, T, D)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
         if turn is not None:
             q, k = (rotate(norm(part.float()), turn).type_as(v) for part, norm in ((q, self.q_norm), (k, self.k_norm)))
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # (B, K, S, D)
-        if self.n_kv_head < self.n_head:
-            k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))  # (B, H, S, D)
-        at_once = T <= QUERIES or self.is_causal(T, k.shape[2], key)
-        y = self.attend(q, k, v, mask, key) if at_once else self.attend_by_blocks(q, k, v, key)  # (B, H, T, D)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return q, k, v
+
+    def share(self, part: Tensor) -> Tensor:
+        """Keys or values (B, K, S, D), each repeated for the queries that it serves: (B, H, S, D)."""
+        return part if self.n_kv_head == self.n_head else part.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
 
     def is_causal(self, T: int, S: int, key: Tensor | None) -> bool:
         """Whether T queries and S keys need no mask: a kernel knows which come before which, or all do."""
@@ -146,9 +155,13 @@ class Attention(nn.Module):
         """q (B, H, T, D), k and v (B, H, S, D), mask (T, S), or with B or 1 of them in (B, 1, T, S), or None -> (B, H, T, D)."""
         if self.is_fused(key):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), is_causal=mask is None and q.shape[2] > 1)
-        scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3)  # (B, H, T, S)
+        return dropout(self.weights(q, k, mask), self.dropout, key) @ v
+
+    def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        """How much of each of S tokens each of T queries takes, (B, H, T, S): rows sum to one."""
+        scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3)
         seen = scores if mask is None else scores.float() + mask
-        return dropout(seen.softmax(dim=3).type_as(scores), self.dropout, key) @ v
+        return seen.softmax(dim=3).type_as(scores)
 
     def attend_by_blocks(self, q: Tensor, k: Tensor, v: Tensor, key: Tensor | None) -> Tensor:
         """The same for many queries, which are the last of the S tokens, some at a time: with all keys, or with a window, with those that one of them can see.
