@@ -253,7 +253,8 @@ def _tables(tokens: Tokens | np.ndarray, count: int, spelling: Spelling) -> dict
     starts = np.concatenate(documents)
     fingerprints = np.concatenate(prints).astype(np.uint64)
     keys = np.sort(fingerprints << np.uint64(32) | np.arange(len(fingerprints), dtype=np.uint64))
-    return {"keys": keys, "blocks": np.concatenate(blocks, axis=1), "documents": starts[: max(1, np.searchsorted(starts, done))]}
+    so_far = np.ascontiguousarray(np.concatenate(blocks, axis=1))  # the file's library writes whatever order is in memory
+    return {"keys": keys, "blocks": so_far, "documents": starts[: max(1, np.searchsorted(starts, done))]}
 
 
 def _fingerprints(windows: np.ndarray) -> np.ndarray:
