@@ -2,13 +2,17 @@
 tell people to read is there: files, and the functions and classes named behind them."""
 
 import ast
+import json
 import re
 import runpy
 import shlex
+import sys
+import types
 from itertools import groupby
 from pathlib import Path
 
 import pytest
+from conftest import TINY
 
 from nanogpt.cli import _dash_last, app
 
@@ -92,3 +96,23 @@ def test_a_name_that_is_not_there_is_missed():
     ]
     assert defined(ROOT / "nanogpt" / "model.py") >= {"GPT.nats", "GPT", "rotate"}
     assert "Nothing" not in defined(ROOT / "nanogpt" / "model.py")
+
+
+def test_the_notebook_runs(story, tmp_path, monkeypatch, capsys):
+    """Its cells of code, one after the other, as they stand, but on a small text and for a few steps."""
+    notebook = json.loads((ROOT / "docs" / "first-steps.ipynb").read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    frames = types.ModuleType("IPython.display")
+    frames.IFrame = lambda source, width, height: (tmp_path / source).read_text(encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", frames)
+    monkeypatch.chdir(tmp_path)
+    few = ", ".join(f"{name}={value!r}" for name, value in (TINY | {"steps": 4, "eval_every": 2, "context_length": 64}).items())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert sum('"python-docs"' in cell and "minutes=1" in cell for cell in cells) == 1
+    scope = {}
+    for cell in cells:
+        exec(cell.replace('"python-docs"', repr(str(story))).replace("minutes=1", few), scope)
+    assert scope["surprise"].total_bits == pytest.approx(sum(scope["surprise"].bits))
+    assert "step 4: validation loss" in capsys.readouterr().out
