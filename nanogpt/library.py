@@ -122,12 +122,12 @@ class Model:
         finally:
             self._decoders[rows] = decoder
 
-    def engine(self, rows: int) -> generate.Engine:
-        """An engine for up to `rows` texts at a time, which join and leave as they come."""
-        return generate.Engine(self._decoder(rows), self.tokenizer, self.summary["unused"])
+    def engine(self, rows: int, deterministic: bool = False) -> generate.Engine:
+        """An engine for up to `rows` texts at a time, which join and leave as they come; `deterministic`, each is bit for bit what it would be alone."""
+        return generate.Engine(self._decoder(rows, deterministic), self.tokenizer, self.summary["unused"])
 
-    def _decoder(self, rows: int) -> generate.Decoder:
-        return generate.TorchDecoder(self._model, self._writer, rows)
+    def _decoder(self, rows: int, deterministic: bool = False) -> generate.Decoder:
+        return generate.TorchDecoder(self._model, self._writer, rows, deterministic)
 
     def evaluate(
         self, *text: str | os.PathLike[str], context_length: int | None = None, encoding: str | None = None, field: str | None = None, by_position: bool = False

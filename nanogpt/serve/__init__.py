@@ -16,12 +16,14 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -34,7 +36,12 @@ from nanogpt.serve.models import Models
 
 CONNECTIONS = 1000  # at a time
 GRACE = 30  # seconds in which what is under way may finish at the end
-SILENT = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}  # nothing leaves the machine, whatever the environment says
+SILENT: TelemetryConfig = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "auto_configure": False,
+}  # nothing leaves the machine, whatever the environment says
 
 
 def create_app(models: Models, runs: Path | None = None) -> FastAPI:
@@ -49,13 +56,11 @@ def create_app(models: Models, runs: Path | None = None) -> FastAPI:
     app.state.models, app.state.runs = models, runs
     app.include_router(api.router)
     if find_spec("nanogpt.serve.page"):
-        from nanogpt.serve import page
-
-        app.include_router(page.router)
+        app.include_router(import_module("nanogpt.serve.page").router)
     settings = models.settings
     app.add_middleware(Guard, loopback=is_loopback(settings.host), api_key=settings.api_key, seconds=settings.seconds, metrics=models.metrics)
-    for kind, answer in ((HTTPException, _refuse), (RequestValidationError, _explain), (UserError, _pass_on), (Exception, _confess)):
-        app.add_exception_handler(kind, answer)
+    for kind in (HTTPException, RequestValidationError, UserError, Exception):
+        app.add_exception_handler(kind, _refuse)
     return app
 
 
@@ -120,20 +125,14 @@ def _signals_end_well() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-async def _refuse(request: Request, error: HTTPException) -> Response:
-    if isinstance(error, wire.ApiError):
-        return error.response()
-    what = {404: f"There is nothing at {request.url.path[:200]}.", 405: f"{request.url.path[:200]} does not take {request.method}."}
-    return wire.ApiError(error.status_code, what.get(error.status_code, str(error.detail)), headers=dict(error.headers or {})).response()
-
-
-async def _explain(request: Request, error: RequestValidationError) -> Response:
-    return wire.explain(error.errors()).response()
-
-
-async def _pass_on(request: Request, error: UserError) -> Response:
-    return wire.ApiError(400, str(error)).response()
-
-
-async def _confess(request: Request, error: Exception) -> Response:
-    return wire.failure(error).response()
+async def _refuse(request: Request, error: Exception) -> Response:
+    """Every error in the API's shape."""
+    path = request.url.path[:200]
+    if isinstance(error, RequestValidationError):
+        return wire.explain(error.errors()).response()
+    if isinstance(error, UserError):
+        return wire.ApiError(400, str(error)).response()
+    if isinstance(error, wire.ApiError) or not isinstance(error, HTTPException):
+        return wire.failure(error).response()
+    what = {404: f"There is nothing at {path}.", 405: f"{path} does not take {request.method}.", 400: "The body cannot be read as JSON."}
+    return wire.ApiError(error.status_code, what.get(error.status_code, error.detail), headers=error.headers).response()

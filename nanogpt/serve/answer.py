@@ -44,7 +44,8 @@ class Choice:
     """One text of an answer, as it grows."""
 
     def __init__(self, index: int, prompt: Prompt, tokenizer: Tokenizer, echo: bool, logprobs: int | None):
-        self.index, self.finish, self.made = index, None, 0
+        self.index, self.made = index, 0
+        self.finish: str | None = None
         self._tokenizer, self._logprobs = tokenizer, logprobs
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._new, self._text_end, self._decoded = "", len(prompt.text), 0 if echo else len(prompt.text)

@@ -20,6 +20,7 @@ from nanogpt.serve.answer import Answer, Prompt, tokens_of
 from nanogpt.serve.models import Models
 from nanogpt.serve.wire import PROMPT_TOKENS, WORK, ApiError, CompletionRequest, as_json
 from nanogpt.serve.worker import Job, Worker
+from nanogpt.tokenizer import Tokenizer
 
 QUICK = 2_000  # characters of a prompt that become tokens at once; more do so in another thread, and others need not wait
 GONE = 499  # the status of an answer that nobody waits for any more, which nginx gave it
@@ -120,13 +121,14 @@ async def _leaving(request: Request) -> None:
         pass
 
 
+async def _encoded(text: str, tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.encode(text) if len(text) < QUICK else await asyncio.to_thread(tokenizer.encode, text)
+
+
 async def _prompt(given: str | list[int], asked: CompletionRequest, worker: Worker) -> Prompt:
     """Errors: `ApiError` for one that is too long, or no text or tokens of the model's."""
     model, tokenizer = worker.model, worker.model.tokenizer
-    if isinstance(given, list):
-        ids = given
-    else:
-        ids = tokenizer.encode(given) if len(given) < QUICK else await asyncio.to_thread(tokenizer.encode, given)
+    ids = given if isinstance(given, list) else await _encoded(given, tokenizer)
     if len(ids) > PROMPT_TOKENS:
         raise ApiError(400, f"prompt: it has {len(ids):,} tokens; at most {PROMPT_TOKENS:,} are taken.", "prompt", "context_length_exceeded")
     if max(ids, default=0) >= tokenizer.vocab_size:

@@ -5,7 +5,7 @@ Source: OpenAI, "API reference", Completions and Errors. top_k, min_p and repeti
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -112,7 +112,7 @@ class CompletionRequest(_Strict):
 class ApiError(HTTPException):
     """An answer that is none: status, what happened, and the field of the request that is to blame."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None):
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None):
         super().__init__(status, message, headers)
         self.param, self.code = param, code
 
@@ -141,7 +141,7 @@ def failure(error: Exception) -> ApiError:
     return error if isinstance(error, ApiError) else ApiError(500, f"The server failed: {type(error).__name__}. Its log tells more.", code="server_error")
 
 
-def explain(problems: list[dict[str, Any]]) -> ApiError:
+def explain(problems: Sequence[Any]) -> ApiError:
     """What is wrong with the first field that is."""
     where = problems[0]["loc"]
     if where[0] == "body" and (len(where) == 1 or isinstance(where[1], int)):
