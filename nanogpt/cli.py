@@ -165,6 +165,65 @@ def evaluate(
 
 
 @app.command
+def look(
+    model: Path, file: str | None = None, /, *, text: Words | None = None, encoding: str | None = None,
+    surprise: Switch = False, attention: Switch = False, neurons: Switch = False, copies: Switch = False, layer: int | None = None, neuron: int | None = None,
+    as_json: AsJson = False, html: Path | None = None, machine: PlaceSettings = PlaceConfig(),
+) -> None:  # fmt: skip
+    """Look at a text with a model's eyes: what surprises it, where it looks, what its neurons do; and what of the text it may have by heart.
+
+    Parameters
+    ----------
+    model
+        A run folder or a model file.
+    file
+        The text to look at: a file, or - for standard input.
+    text
+        The text itself, instead of a file.
+    encoding
+        Encoding of the file.
+    surprise
+        How many bits each token costs the model; this is what is shown where nothing else is asked for.
+    attention
+        Where each head of each layer looks.
+    neurons
+        What the feed-forward neurons of a layer respond to.
+    copies
+        The passages that stand verbatim in the training text, next to what fresh text shows.
+    layer
+        Layer of the neurons, counted from 0. [default: the first]
+    neuron
+        Number of one neuron, counted from 0. [default: the one that varies most on this text]
+    as_json
+        One JSON object instead of a picture.
+    html
+        Write the picture to this HTML file too; it needs no network.
+    """
+    from rich.console import Console
+
+    from nanogpt import library, report
+    from nanogpt.files import write_text
+    from nanogpt.look import html as page
+    from nanogpt.look import terminal
+
+    asked = [name for name, yes in {"surprise": surprise, "attention": attention, "neurons": neurons, "copies": copies}.items() if yes] or ["surprise"]
+    if len(asked) > 1:
+        raise UserError(f"{', '.join(f'--{name}' for name in asked)}: these are {len(asked)} pictures.", "Ask for one at a time.")
+    if (layer is not None or neuron is not None) and not neurons:
+        raise UserError("--layer and --neuron say which neuron to look at.", "Use them with --neurons.")
+    seen = library.load(model, **machine.model_dump(exclude_unset=True)).look(_text_itself(file, text, encoding))
+    found = seen.neurons(layer or 0, neuron, n_excerpts=5) if neurons else getattr(seen, asked[0])()
+    if html is not None:
+        write_text(html, page.page(f"{asked[0].capitalize()}: {model}", getattr(page, asked[0])(found)))
+    _end_quietly_with_the_reader()
+    if as_json:
+        print(json.dumps(found.asdict(), ensure_ascii=False))
+    else:
+        console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        console.print(getattr(terminal, asked[0])(found, report.printable if sys.stdout.isatty() else str))
+
+
+@app.command
 def serve(
     model: Path = Path("runs"), /, *, deterministic: Switch = False,
     server: ServerSettings = ServeConfig(), machine: PlaceSettings = PlaceConfig(),
@@ -331,7 +390,8 @@ def _dash_last(words: list[str]) -> list[str]:
     """Put a lone "-", standard input, behind "--", where cyclopts takes it for a text and not for an option."""
     settings = [(name, field) for section in Config.model_fields.values() for name, field in section.annotation.model_fields.items()]  # type: ignore[union-attr]
     yes_or_no = [name.replace("_", "-") for name, field in settings if field.annotation in (bool, bool | None)]
-    alone = {"--resume", "--overwrite", "--json", "--strict", "--by-position"} | {f"--{no}{name}" for name in yes_or_no for no in ("", "no-")}
+    alone = {"--resume", "--overwrite", "--json", "--strict", "--by-position", "--surprise", "--attention", "--neurons", "--copies"}
+    alone |= {f"--{no}{name}" for name in yes_or_no for no in ("", "no-")}
     texts = [i for i, word in enumerate(words) if word == "-" and (not words[i - 1].startswith("--") or "=" in words[i - 1] or words[i - 1] in alone)]
     if not texts or "--" in words:
         return words
@@ -345,6 +405,22 @@ def _read_prompt(name: str, encoding: str | None) -> str:
     if name != "-" and not Path(name).is_file():
         raise UserError(f"There is no prompt file {Path(name).absolute()}.", 'Give the prompt itself with --prompt "...".')
     return "".join(expand([name], encoding)[0].chunks()).removesuffix("\n").removesuffix("\r")
+
+
+def _text_itself(file: str | None, text: str | None, encoding: str | None) -> str:
+    """The text of a file, of standard input for "-", or what was given instead."""
+    from nanogpt.corpus import expand
+
+    if (file is None) == (text is None):
+        what = "Which text?" if file is None else "Both a file and --text were given."
+        raise UserError(what, 'nanogpt look MODEL FILE, nanogpt look MODEL --text "...", or nanogpt sample MODEL | nanogpt look MODEL -')
+    if file is None:
+        return text or ""
+    try:
+        sources = expand([file], encoding)
+    except UserError as error:
+        raise UserError(str(error), 'To look at these words themselves: --text "...".') from error
+    return "".join(chunk for source in sources for chunk in source.chunks())
 
 
 def _run_name(text: str) -> str:

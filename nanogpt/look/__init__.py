@@ -6,9 +6,11 @@ In: a model, a text, and for copies the tokens it was trained on. Out: a `Look`,
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from nanogpt.data import Tokens
+from nanogpt.errors import UserError
 from nanogpt.look import copies, inside
 from nanogpt.look.copies import Copies, Index
 from nanogpt.look.inside import Attention, Embedding, Excerpt, Neurons, Surprise
@@ -42,13 +44,16 @@ class Look:
         """See `inside.attention`."""
         return inside.attention(self.model, self.tokenizer, self.machine, self.text, first)
 
-    def neurons(self, layer: int = 0, neuron: int | None = None) -> Neurons:
-        """See `inside.neurons`."""
-        return inside.neurons(self.model, self.tokenizer, self.machine, self.text, layer, neuron)
+    def neurons(self, layer: int = 0, neuron: int | None = None, n_excerpts: int = 0) -> Neurons:
+        """See `inside.neurons`; with so many passages of the validation split that excite the neuron, where that is still there."""
+        found = inside.neurons(self.model, self.tokenizer, self.machine, self.text, layer, neuron)
+        with suppress(UserError):
+            return replace(found, excerpts=self.exciting(layer, found.neuron, n_excerpts) if n_excerpts else [])
+        return found
 
-    def exciting(self, layer: int, neuron: int) -> list[Excerpt]:
+    def exciting(self, layer: int, neuron: int, n: int = 10) -> list[Excerpt]:
         """See `inside.exciting`: passages of the validation split, whatever the text. Errors: also `UserError` where that is gone."""
-        return inside.exciting(self.model, self.tokenizer, self.machine, self.held_out(), layer, neuron)
+        return inside.exciting(self.model, self.tokenizer, self.machine, self.held_out(), layer, neuron, n)
 
     def embedding(self) -> Embedding:
         """See `inside.embedding`: it does not depend on the text."""

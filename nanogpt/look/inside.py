@@ -13,7 +13,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,13 @@ from nanogpt.data import Tokens
 from nanogpt.errors import UserError
 from nanogpt.evaluate import BATCH_LOGITS, BATCH_TOKENS
 from nanogpt.machine import Machine
-from nanogpt.model import EPSILON, GPT, causal_mask
+from nanogpt.model import EPSILON, GPT, FeedForward, causal_mask
+from nanogpt.model import Attention as Attn
 from nanogpt.tokenizer import Tokenizer
 
 MOST_TOKENS = 20_000  # of a text: what is kept of each takes some kilobytes
 MOST_WEIGHTS = 1 << 27  # of attention, at four bytes each
-EXCITING_TOKENS = 32_768  # that are read in search of what excites a neuron
+EXCITING_TOKENS = 16_384  # that are read in search of what excites a neuron
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,19 @@ class Surprise:
 
 
 @dataclass(frozen=True)
+class Head:
+    """How a head spreads its attention on a text, on average over its tokens: how many tokens back it looks (`distance`), and which shares the token itself
+    (`own`), the `previous` one and the `first` of all get."""
+
+    layer: int
+    head: int
+    distance: float
+    own: float
+    previous: float
+    first: float
+
+
+@dataclass(frozen=True)
 class Attention:
     """Where each token looks: `weights` (L, H, T, T) float32, in which [l, h, i, j] is the share that head h of layer l takes from token j when it has read
     token i. Rows sum to one, and nothing comes from behind i. `pieces` (T) are the tokens, the first of which is number `first` of the `tokens` in the text:
@@ -110,9 +124,20 @@ class Attention:
     first: int
     tokens: int
 
+    @property
+    def heads(self) -> list[Head]:
+        """What the heads do on this text, in a word: see `Head`. Layer by layer."""
+        n_layer, n_head, T, _ = self.weights.shape
+        back = np.arange(T)[:, None] - np.arange(T)  # (T, T): how far before token i token j stands
+        distance = (self.weights * back).sum(axis=3).mean(axis=2, dtype=np.float64)  # (L, H)
+        own, previous = (self.weights.diagonal(-far, 2, 3).sum(axis=2) / T for far in (0, 1))
+        first = self.weights[:, :, :, 0].mean(axis=2, dtype=np.float64)
+        places = [(layer, head) for layer in range(n_layer) for head in range(n_head)]
+        return [Head(*place, *(float(share[place]) for share in (distance, own, previous, first))) for place in places]
+
     def asdict(self) -> dict[str, Any]:
-        """For JSON: weights to six digits."""
-        return {"pieces": self.pieces, "weights": self.weights.astype(float).round(6).tolist(), "first": self.first, "tokens": self.tokens}
+        """For JSON: the fields, weights to six digits, and `heads`."""
+        return vars(self) | {"weights": self.weights.astype(float).round(6).tolist(), "heads": [asdict(head) for head in self.heads]}
 
     def _repr_html_(self) -> str:
         from nanogpt.look import html
@@ -121,27 +146,12 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Neurons:
-    """What one neuron of a feed-forward layer does while a text is read: `activations` (N) float32, after each token, of the channel between the two
-    linear layers (in modern, the product of gate and value).
+class Varying:
+    """A `neuron` that varies on a text: the standard deviation of its activations (`spread`), and the three places where they are `highest`, highest first."""
 
-    `strongest` lists the neurons of the `layer` that vary most on this text, with the standard deviation of each, the most telling first.
-    """
-
-    pieces: list[str]
-    layer: int
     neuron: int
-    activations: np.ndarray
-    strongest: list[tuple[int, float]]
-
-    def asdict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self) | {"activations": self.activations.tolist()}
-
-    def _repr_html_(self) -> str:
-        from nanogpt.look import html
-
-        return html.neurons(self)
+    spread: float
+    highest: list[int]
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,32 @@ class Excerpt:
     def asdict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """What one neuron of a feed-forward layer does while a text is read: `activations` (N) float32, after each token, of the channel between the two
+    linear layers (in modern, the product of gate and value).
+
+    `strongest` are the neurons of the `layer` that vary most on this text, the most telling first. `excerpts` are the passages of held-out text that excite
+    the neuron most, if they were asked for.
+    """
+
+    pieces: list[str]
+    layer: int
+    neuron: int
+    activations: np.ndarray
+    strongest: list[Varying]
+    excerpts: list[Excerpt] = field(default_factory=list)
+
+    def asdict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"activations": self.activations.tolist()}
+
+    def _repr_html_(self) -> str:
+        from nanogpt.look import html
+
+        return html.neurons(self)
 
 
 @dataclass(frozen=True)
@@ -188,14 +224,17 @@ def surprise(model: GPT, tokenizer: Tokenizer, machine: Machine, text: str, star
     ids, T = _encode(tokenizer, text), model.config.context_length
     line = np.array([start, *ids], np.int64)
     targets = torch.from_numpy(line[1:])
-    nats, values, places = [], [], []  # (N,), (N, n), (N, n), in parts
+    nats: list[Tensor] = []  # (N,), in parts
+    values: list[Tensor] = []  # (N, n)
+    places: list[Tensor] = []
+    seen = 0
     for x in _streams(model, line[:-1], machine):
         for part in x.split(max(1, BATCH_LOGITS // model.vocab_size)):
             with machine.autocast():
                 logits = model.logits(part)
             logs = logits.float().log_softmax(dim=1).cpu()  # (n, V)
-            seen = sum(map(len, nats))
             nats.append(-logs.gather(1, targets[seen : seen + len(logs), None])[:, 0])
+            seen += len(logs)
             likeliest = logs.exp().topk(min(n_alternatives, model.vocab_size))
             values.append(likeliest.values)
             places.append(likeliest.indices)
@@ -219,7 +258,7 @@ def attention(model: GPT, tokenizer: Tokenizer, machine: Machine, text: str, fir
     config = model.config
     T = min(config.context_length, math.isqrt(MOST_WEIGHTS // (config.n_layer * config.n_head)))
     part = ids[first : first + T]
-    attentions = [block.attn for block in model.blocks]
+    attentions = [part for part in model.modules() if isinstance(part, Attn)]
     qk: list[tuple[Tensor, Tensor]] = []
 
     def note(layer: int, inputs: tuple[Any, ...]) -> None:
@@ -242,7 +281,8 @@ def neurons(model: GPT, tokenizer: Tokenizer, machine: Machine, text: str, layer
     spread = acts.std(axis=0, dtype=np.float64)
     order = np.argsort(-spread, kind="stable")[:n_strongest].tolist()
     chosen = order[0] if neuron is None else neuron
-    return Neurons(pieces(tokenizer, ids), layer, chosen, acts[:, chosen].copy(), [(i, float(spread[i])) for i in order])
+    strongest = [Varying(i, float(spread[i]), np.argsort(-acts[:, i], kind="stable")[:3].tolist()) for i in order]
+    return Neurons(pieces(tokenizer, ids), layer, chosen, acts[:, chosen].copy(), strongest)
 
 
 def exciting(
@@ -328,11 +368,17 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _require_neuron(model: GPT, layer: int, neuron: int | None) -> None:
-    if not 0 <= layer < len(model.blocks):
-        raise UserError(f"There is no layer {layer}: the model has {len(model.blocks)}.", f"Use --layer 0 to {len(model.blocks) - 1}.")
-    width = model.blocks[layer].mlp.proj.in_features
+    layers = _second_layers(model)
+    if not 0 <= layer < len(layers):
+        raise UserError(f"There is no layer {layer}: the model has {len(layers)}.", f"Use --layer 0 to {len(layers) - 1}.")
+    width = layers[layer].in_features
     if neuron is not None and not 0 <= neuron < width:
         raise UserError(f"There is no neuron {neuron}: a layer has {width:,}.", f"Use --neuron 0 to {width - 1}.")
+
+
+def _second_layers(model: GPT) -> list[nn.Linear]:
+    """Of each feed-forward the linear layer that reads its neurons."""
+    return [part.proj for part in model.modules() if isinstance(part, FeedForward)]
 
 
 def _names(tokenizer: Tokenizer) -> Callable[[int], str]:
@@ -355,6 +401,6 @@ def _streams(model: GPT, ids: np.ndarray, machine: Machine) -> Iterator[Tensor]:
 def _activations(model: GPT, ids: np.ndarray, machine: Machine, layer: int) -> Iterator[np.ndarray]:
     """ids (N,) -> the activations of all neurons of a layer after each of them, (N, hidden) float32, in parts."""
     heard: list[Tensor] = []
-    with listening([model.blocks[layer].mlp.proj], lambda _, inputs: heard.append(inputs[0])):
+    with listening([_second_layers(model)[layer]], lambda _, inputs: heard.append(inputs[0])):
         for _ in _streams(model, ids, machine):
             yield heard.pop().flatten(0, 1).float().cpu().numpy()
