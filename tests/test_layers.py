@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "nanogpt"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"sample", "serve"},
+    {"serve", "sample"},
     {"library", "bench"},
     {"trainer", "finetune", "compare"},
     {"prepare", "recipe", "generate", "look", "report"},

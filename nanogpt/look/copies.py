@@ -61,15 +61,14 @@ class Passage:
 
 @dataclass(frozen=True)
 class Fresh:
-    """What held-out text shows, which the model never saw: of `windows` stretches of `bytes` bytes, the median share that stands in the training text and
-    the largest, and in the same way the bytes of the longest passage in a stretch."""
+    """What held-out text shows, which the model never saw: of `windows` stretches of `bytes` bytes, the median `share` that stands in the training text, the
+    median of their `longest` passages in bytes, and how many of them copy `as_much` as the text in both respects."""
 
     windows: int
     bytes: int
     share: float
-    share_most: float
     longest: float
-    longest_most: int
+    as_much: int
 
 
 @dataclass(frozen=True)
@@ -96,19 +95,20 @@ class Copies:
 
     @property
     def recites(self) -> bool:
-        """Whether the text copies more than fresh text does: a larger share than any of the held-out stretches, and a longer passage."""
-        return self.longest > self.fresh.longest_most and self.share > self.fresh.share_most
+        """Whether the text copies more than fresh text does: as much as no more than one in twenty held-out stretches. (A text may hold whole documents twice,
+        and then some stretch that was held out is a copy itself.)"""
+        return bool(self.passages) and 20 * self.fresh.as_much <= self.fresh.windows
 
     @property
     def sentence(self) -> str:
         """All of that in words."""
-        fresh = self.fresh
-        part = "" if self.whole else f" (its first {self.indexed_bytes / 1e6:,.0f} MB were searched)"
-        usual = f"in {fresh.windows:,} stretches of fresh text as long it is {fresh.share:.1%} (median; at most {fresh.share_most:.1%})"
-        if fresh.windows == 0:
-            usual = "there is no fresh text to compare with"
-        judged = "It recites" if self.recites else "No more than fresh text" if fresh.windows else "Undecided"
-        return f"{judged}: {self.share:.1%} of it stands in the training text{part} in passages of {self.least} bytes and more; {usual}."
+        fresh, searched = self.fresh, "" if self.whole else f" (of which the first {self.indexed_bytes / 1e6:,.0f} MB were searched)"
+        found = f"{self.share:.1%} of it stands verbatim in the training text{searched}, in passages of {self.least} bytes and more"
+        if not fresh.windows:
+            return f"{found}. There is no fresh text as long to compare with."
+        judged = "It recites" if self.recites else "No more than fresh text"
+        also = f"{fresh.as_much:,} of them {'copies' if fresh.as_much == 1 else 'copy'} as much" if self.passages else f"{fresh.longest:,.0f} bytes at a time"
+        return f"{judged}: {found}. In {fresh.windows:,} stretches of fresh text as long it is {fresh.share:.1%} (median); {also}."
 
     def asdict(self) -> dict[str, Any]:
         """For JSON: the fields, and `longest`, `recites` and `sentence`."""
@@ -269,27 +269,34 @@ def copies(index: Index, text: str) -> Copies:
     starts, ends, places = _matches(index, utf8)
     found = [_passage(index, utf8, *each) for each in _apart(starts, ends, places, len(utf8))]
     passages = sorted((passage for passage in found if passage is not None), key=lambda passage: (-passage.bytes, passage.start))
-    share = float(_covered(starts, ends, len(utf8)).mean()) if len(utf8) else 0.0
-    return Copies(text, passages, share, LEAST, _fresh(index, len(utf8)), index.size, len(index.documents), index.whole)
+    measured = _measure(starts, ends, len(utf8))
+    return Copies(text, passages, measured[0], LEAST, _fresh(index, len(utf8), measured), index.size, len(index.documents), index.whole)
 
 
-def _fresh(index: Index, size: int) -> Fresh:
+def _measure(starts: np.ndarray, ends: np.ndarray, size: int) -> tuple[float, int]:
+    """Of matches in a text of `size` bytes: the share of it that they cover, and the bytes of the longest."""
+    change = np.bincount(starts, minlength=size + 1) - np.bincount(ends, minlength=size + 1)
+    return float((change[:size].cumsum() > 0).mean()) if size else 0.0, int((ends - starts).max(initial=0))
+
+
+def _fresh(index: Index, size: int, measured: tuple[float, int]) -> Fresh:
     """The same of stretches of the held-out text of `size` bytes, spread evenly over it; where it is shorter, of all of it."""
     size, held_out = min(size, FRESH_BYTES), index.held_out
     per_token = float(index.spelling.lengths[held_out[: 16 * BLOCK]].mean())
     there = int(per_token * len(held_out))
     windows = max(1, min(FRESH_WINDOWS, there // max(size, 1), FRESH_BYTES // max(size, 1))) if min(size, there) >= LEAST else 0
     tokens = min(len(held_out), int(1.25 * size / per_token) + 64)  # enough for so many bytes
-    shares, longest = [], []
+    found: list[tuple[float, int]] = []
     for begin in np.linspace(0, len(held_out) - tokens, windows).astype(int).tolist():
         stretch = index.spelling(held_out[begin : begin + tokens])[:size]
         stretch = np.where(stretch == GAP, GAP - 1, stretch).astype(np.uint8)  # the end of a document is no text that could match another
         starts, ends, _ = _matches(index, stretch)
-        shares.append(float(_covered(starts, ends, len(stretch)).mean()))
-        longest.append(int((ends - starts).max(initial=0)))
-    if not windows:
-        return Fresh(0, 0, 0.0, 0.0, 0.0, 0)
-    return Fresh(windows, min(size, there), statistics.median(shares), max(shares), statistics.median(longest), max(longest))
+        found.append(_measure(starts, ends, len(stretch)))
+    if not found:
+        return Fresh(0, 0, 0.0, 0.0, 0)
+    shares, longest = zip(*found, strict=True)
+    as_much = sum(share >= measured[0] and most >= measured[1] for share, most in found)
+    return Fresh(windows, min(size, there), statistics.median(shares), statistics.median(longest), as_much)
 
 
 def _matches(index: Index, text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -341,12 +348,6 @@ def _end(index: Index, text: np.ndarray, offset: int, place: int) -> int:
         if len(different) or len(theirs) < BLOCK:
             return offset + int(different[0] if len(different) else len(theirs))
         offset, place = offset + BLOCK, place + BLOCK
-
-
-def _covered(starts: np.ndarray, ends: np.ndarray, size: int) -> np.ndarray:
-    """(size,) bool: what lies in one of the stretches."""
-    change = np.bincount(starts, minlength=size + 1) - np.bincount(ends, minlength=size + 1)
-    return change[:size].cumsum() > 0
 
 
 def _apart(starts: np.ndarray, ends: np.ndarray, places: np.ndarray, size: int) -> list[tuple[int, int, int]]:

@@ -84,7 +84,10 @@ def surprise(found: Surprise) -> str:
             others = ", ".join(f"{name!r} {p:.1%}" for name, p in likely)
             spans.append(_span(piece, bits / found.uniform_bits, f"{piece!r}: {bits:.2f} bits. Likely here: {others}"))
             bits = 0.0
-    rows = [[f"{at:,}", repr(found.pieces[at]), f"{found.bits[at]:.2f}", repr(found.alternatives[at][0][0])] for at in found.most]
+    rows = [
+        [f"{at:,}", repr(found.pieces[at]) if found.pieces[at] else "part of a character", f"{found.bits[at]:.2f}", repr(found.alternatives[at][0][0])]
+        for at in found.most
+    ]
     said = f"{found.total_bits:,.1f} bits: {found.bits_per_character:.3f} for each character, {found.bits_per_byte:.3f} for each byte"
     return _look(f"<p>{said}.</p><pre>{''.join(spans)}</pre>", _table(["token", "text", "bits", "likeliest was"], rows, (0, 2)))
 

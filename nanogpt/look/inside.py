@@ -25,7 +25,8 @@ from nanogpt.data import Tokens
 from nanogpt.errors import UserError
 from nanogpt.evaluate import BATCH_LOGITS, BATCH_TOKENS
 from nanogpt.machine import Machine
-from nanogpt.model import EPSILON, GPT, causal_mask
+from nanogpt.model import EPSILON, GPT, FeedForward, causal_mask
+from nanogpt.model import Attention as Attn
 from nanogpt.tokenizer import Tokenizer
 
 MOST_TOKENS = 20_000  # of a text: what is kept of each takes some kilobytes
@@ -223,14 +224,17 @@ def surprise(model: GPT, tokenizer: Tokenizer, machine: Machine, text: str, star
     ids, T = _encode(tokenizer, text), model.config.context_length
     line = np.array([start, *ids], np.int64)
     targets = torch.from_numpy(line[1:])
-    nats, values, places = [], [], []  # (N,), (N, n), (N, n), in parts
+    nats: list[Tensor] = []  # (N,), in parts
+    values: list[Tensor] = []  # (N, n)
+    places: list[Tensor] = []
+    seen = 0
     for x in _streams(model, line[:-1], machine):
         for part in x.split(max(1, BATCH_LOGITS // model.vocab_size)):
             with machine.autocast():
                 logits = model.logits(part)
             logs = logits.float().log_softmax(dim=1).cpu()  # (n, V)
-            seen = sum(map(len, nats))
             nats.append(-logs.gather(1, targets[seen : seen + len(logs), None])[:, 0])
+            seen += len(logs)
             likeliest = logs.exp().topk(min(n_alternatives, model.vocab_size))
             values.append(likeliest.values)
             places.append(likeliest.indices)
@@ -254,7 +258,7 @@ def attention(model: GPT, tokenizer: Tokenizer, machine: Machine, text: str, fir
     config = model.config
     T = min(config.context_length, math.isqrt(MOST_WEIGHTS // (config.n_layer * config.n_head)))
     part = ids[first : first + T]
-    attentions = [block.attn for block in model.blocks]
+    attentions = [part for part in model.modules() if isinstance(part, Attn)]
     qk: list[tuple[Tensor, Tensor]] = []
 
     def note(layer: int, inputs: tuple[Any, ...]) -> None:
@@ -264,7 +268,7 @@ def attention(model: GPT, tokenizer: Tokenizer, machine: Machine, text: str, fir
 
     with listening(attentions, note), machine.autocast():
         model.trunk(torch.tensor([part], device=machine.device))
-    mask = causal_mask(len(part), len(part), machine.device, attentions[0].window)
+    mask = causal_mask(torch.arange(len(part), device=machine.device), len(part), attentions[0].window)
     weights = [attn.weights(q, k, mask)[0].cpu().numpy() for attn, (q, k) in zip(attentions, qk, strict=True)]  # (H, T, T) each, in float32
     return Attention(pieces(tokenizer, ids)[first : first + T], np.stack(weights), first, len(ids))
 
@@ -364,11 +368,17 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _require_neuron(model: GPT, layer: int, neuron: int | None) -> None:
-    if not 0 <= layer < len(model.blocks):
-        raise UserError(f"There is no layer {layer}: the model has {len(model.blocks)}.", f"Use --layer 0 to {len(model.blocks) - 1}.")
-    width = model.blocks[layer].mlp.proj.in_features
+    layers = _second_layers(model)
+    if not 0 <= layer < len(layers):
+        raise UserError(f"There is no layer {layer}: the model has {len(layers)}.", f"Use --layer 0 to {len(layers) - 1}.")
+    width = layers[layer].in_features
     if neuron is not None and not 0 <= neuron < width:
         raise UserError(f"There is no neuron {neuron}: a layer has {width:,}.", f"Use --neuron 0 to {width - 1}.")
+
+
+def _second_layers(model: GPT) -> list[nn.Linear]:
+    """Of each feed-forward the linear layer that reads its neurons."""
+    return [part.proj for part in model.modules() if isinstance(part, FeedForward)]
 
 
 def _names(tokenizer: Tokenizer) -> Callable[[int], str]:
@@ -391,6 +401,6 @@ def _streams(model: GPT, ids: np.ndarray, machine: Machine) -> Iterator[Tensor]:
 def _activations(model: GPT, ids: np.ndarray, machine: Machine, layer: int) -> Iterator[np.ndarray]:
     """ids (N,) -> the activations of all neurons of a layer after each of them, (N, hidden) float32, in parts."""
     heard: list[Tensor] = []
-    with listening([model.blocks[layer].mlp.proj], lambda _, inputs: heard.append(inputs[0])):
+    with listening([_second_layers(model)[layer]], lambda _, inputs: heard.append(inputs[0])):
         for _ in _streams(model, ids, machine):
             yield heard.pop().flatten(0, 1).float().cpu().numpy()

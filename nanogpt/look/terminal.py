@@ -33,7 +33,7 @@ def surprise(found: Surprise, shown: Shown) -> RenderableType:
     for at in found.most:
         likely = "  ".join(f"{_visible(name)} {p:.0%}" for name, p in found.alternatives[at][:4])
         before = _one_line("".join(found.pieces[max(0, at - CONTEXT) : at]))
-        table.add_row(f"{at:,}", shown(before), shown(_visible(found.pieces[at])), f"{found.bits[at]:.2f}", shown(likely))
+        table.add_row(f"{at:,}", shown(before), shown(_visible(found.pieces[at]) or "part of a character"), f"{found.bits[at]:.2f}", shown(likely))
     said = (
         f"{len(found.text):,} characters, {len(found.ids):,} tokens, {found.total_bits:,.1f} bits: {found.bits_per_token:.3f} for each token, "
         f"{found.bits_per_character:.3f} for each character, {found.bits_per_byte:.3f} for each byte."

@@ -7,6 +7,7 @@ Refuses: every name but those of the folders that are right there, and whatever 
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from functools import lru_cache
@@ -51,7 +52,7 @@ def overview(run: Path) -> dict[str, Any]:
     measured = summary if finished and "val_loss" in summary else evaluations
     val_bytes, train_bytes = about.get("val_bytes", 0), about.get("train_bytes", 0)
     return _clean({
-        "name": run.name,
+        "name": run.name, "folder": shlex.quote(str(run)),
         "state": "finished" if finished else "training" if time.time() - _last_written(run) < QUIET_SECONDS else "stopped",
         "step": step, "steps": settings.get("steps"), "progress": 1.0 if finished else steps.get("progress"), "seconds": steps.get("seconds"),
         "tokens_per_second": steps.get("tokens_per_second"), "train_loss": steps.get("train_loss"),

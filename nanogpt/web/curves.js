@@ -1,6 +1,6 @@
 // The curves of several runs, drawn by plotly. It is fetched from the installed package when the first curve is drawn.
 
-import { duration, number } from "./dom.js";
+import { number } from "./dom.js";
 import { before, thinned } from "./logs.js";
 
 const POINTS = 600; // of a curve, across the screen
@@ -46,13 +46,13 @@ export function look(extra = {}) {
   const { xaxis = {}, yaxis = {}, ...rest } = extra;
   return {
     paper_bgcolor: "transparent", plot_bgcolor: "transparent", font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: muted },
-    margin: { l: 46, r: 12, t: 10, b: 38 }, showlegend: false, hovermode: "x", dragmode: "zoom", uirevision: "kept",
+    margin: { l: 46, r: 12, t: 10, b: 38 }, showlegend: false, hovermode: "x", dragmode: "zoom",
     hoverlabel: { bgcolor: surface, bordercolor: line, font: { color: ink, size: 12 } },
     xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, ...rest,
   };
 }
 
-export const PLAIN = { displayModeBar: false, responsive: true, doubleClick: "reset" };
+export const PLAIN = { displayModeBar: false, responsive: true, doubleClick: "autosize" };
 
 /** A chart in a div: `draw(runs, options)`, with runs of {log, colour, about} and options of {axis, bits, logX, logY}. It stays sharp when one zooms in. */
 export class Chart {
@@ -71,20 +71,32 @@ export class Chart {
     const Plotly = await plotly();
     const first = !this.div.classList.contains("js-plotly-plot");
     const key = JSON.stringify([options, runs.map((run) => run.log.name)]); // another view forgets how far one had zoomed in
-    const range = this.key === key && this.div.layout?.xaxis.autorange === false ? this.div.layout.xaxis.range : null;
+    if (this.key !== key) this.zoom = null;
     this.key = key;
-    const limits = range && (options.logX ? range.map((value) => 10 ** value) : range);
-    const { traces, annotations = [], highest } = this.traces(runs, { ...options, limits });
+    const furthest = Math.max(1, ...runs.map((run) => run.log.steps[options.axis].at(-1) ?? 0));
+    const whole = options.logX ? [0, Math.log10(furthest)] : [0, furthest * 1.005];
+    const limits = this.zoom?.x && (options.logX ? this.zoom.x.map((value) => 10 ** value) : this.zoom.x);
+    const { traces, annotations = [], shapes = [], highest } = this.traces(runs, { ...options, limits });
     const title = typeof this.title === "function" ? this.title(options) : this.title;
     this.div.setAttribute("aria-label", `${title}, over ${AXES[options.axis]}: ${runs.map((run) => run.log.name).join(", ") || "no run chosen"}`);
-    const top = !options.logY && !range && highest ? { range: [lowest(traces), highest] } : {};
-    const ticks = options.axis === "seconds" && !options.logX ? timeTicks(runs) : {};
+    const top = this.zoom?.y ?? (highest && !options.logY ? [lowest(traces), highest] : null);
+    const few = this.div.clientWidth < 420;
+    const ticks = options.axis === "seconds" && !options.logX ? timeTicks(limits ? limits[1] - limits[0] : furthest, furthest, few ? 3 : 8) : { nticks: few ? 4 : 9 };
     await Plotly.react(this.div, traces, look({
-      uirevision: key, annotations,
-      xaxis: { type: options.logX ? "log" : "linear", title: { text: AXES[options.axis], standoff: 6 }, nticks: 8, ...ticks },
-      yaxis: { type: options.logY ? "log" : "linear", nticks: 6, ...top, exponentformat: "power", minexponent: 5 },
+      annotations, shapes,
+      xaxis: { type: options.logX ? "log" : "linear", title: { text: AXES[options.axis], standoff: 6 }, range: this.zoom?.x ?? whole, tickangle: 0, ...ticks },
+      yaxis: { type: options.logY ? "log" : "linear", nticks: few ? 4 : 6, exponentformat: "power", minexponent: 5, ...(top ? { range: top } : { autorange: true }) },
     }), PLAIN);  // prettier-ignore
-    if (first) this.div.on("plotly_relayout", (change) => Object.keys(change).some((name) => name.startsWith("xaxis")) && this.draw([...this.last[0]], this.last[1]));
+    if (first) this.div.on("plotly_relayout", (change) => this.zoomed(change));
+  }
+
+  /** Remember how far one has zoomed in, and draw the curves as fine as that shows them. */
+  zoomed(change) {
+    const range = (axis) => (`${axis}.range[0]` in change ? [change[`${axis}.range[0]`], change[`${axis}.range[1]`]] : null);
+    if ("xaxis.autorange" in change || "yaxis.autorange" in change) this.zoom = null;
+    else if (range("xaxis") || range("yaxis")) this.zoom = { x: range("xaxis") ?? this.zoom?.x, y: range("yaxis") ?? this.zoom?.y };
+    else return;
+    this.draw([...this.last[0]], this.last[1]);
   }
 }
 
@@ -94,11 +106,15 @@ function lowest(traces) {
   return Number.isFinite(least) ? 0.93 * least : 0;
 }
 
-function timeTicks(runs) {
-  const longest = Math.max(1, ...runs.map((run) => run.log.steps.seconds.at(-1) ?? 0));
-  const unit = [1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 86400].find((size) => longest / size <= 8) ?? 604800;
-  const tickvals = Array.from({ length: Math.floor(longest / unit) + 1 }, (_, i) => i * unit);
-  return { tickvals, ticktext: tickvals.map(duration), title: { text: "time of training", standoff: 6 } };
+/** Where the marks on an axis of time stand: at whole seconds, minutes or hours, some `count` of them in what is shown. */
+function timeTicks(shown, furthest, count) {
+  const unit = [1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 86400].find((size) => shown / size <= count) ?? 604800;
+  const tickvals = Array.from({ length: Math.floor(furthest / unit) + 1 }, (_, i) => i * unit);
+  return { tickvals, ticktext: tickvals.map(clock), title: { text: "time of training", standoff: 6 } };
+}
+
+function clock(seconds) {
+  return seconds < 60 ? `${seconds} s` : seconds < 3600 ? `${seconds / 60} min` : `${seconds / 3600} h`;
 }
 
 /** A line of each run through one column of its steps. */
@@ -130,20 +146,14 @@ export function losses(runs, options) {
     });  // prettier-ignore
   }
   const { muted } = colours();
-  const annotations = [];
-  const furthest = Math.max(1, ...runs.map((run) => run.log.steps[options.axis].at(-1) ?? 0));
-  for (const [name, value] of baselinesOf(runs, options.bits)) {
-    traces.push({
-      x: [options.logX ? 1 : 0, furthest], y: [value, value], type: "scatter", mode: "lines", line: { color: muted, width: 1, dash: "dot" }, opacity: 0.8,
-      hoverinfo: "skip",
-    });  // prettier-ignore
-    annotations.push({
-      xref: "paper", x: 1, xanchor: "right", y: options.logY ? Math.log10(value) : value, yanchor: "bottom", showarrow: false,
-      text: `${name} ${number(value, 2)}`, font: { size: 11, color: muted },
-    });  // prettier-ignore
-  }
-  const chance = baselinesOf(runs, options.bits).find(([name]) => name === "uniform"); // the first steps, which are worse, would squeeze all others
-  return { traces, annotations, highest: chance && chance[1] * 1.06 };
+  const baselines = baselinesOf(runs, options.bits);
+  const shapes = baselines.map(([, y]) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, layer: "below", line: { color: muted, width: 1, dash: "dot" } }));
+  const annotations = baselines.map(([name, value]) => ({
+    xref: "paper", x: 1, xanchor: "right", y: options.logY ? Math.log10(value) : value, yanchor: "bottom", showarrow: false,
+    text: `${name} ${number(value, 2)}`, font: { size: 11, color: muted },
+  }));  // prettier-ignore
+  const chance = baselines.find(([name]) => name === "uniform"); // the first steps, which are worse, would squeeze all others
+  return { traces, shapes, annotations, highest: chance && chance[1] * 1.06 };
 }
 
 /** The baselines of the first run that knows them, where all agree; runs on different texts have none in common. */

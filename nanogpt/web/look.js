@@ -60,10 +60,11 @@ function surpriseView() {
     text.shade(found.bits.map(shadeOfBits));
     facts.replaceChildren(fact("Surprise", number(found.bits_per_byte, 3), "bits per byte"), fact("In all", number(found.total_bits), "bits"), fact("Text", number(found.pieces.length), "tokens"));
     most.replaceChildren(...found.most.filter((i) => found.pieces[i]).slice(0, 10).map((i) => {
-      const before = found.pieces.slice(Math.max(0, i - 20), i).join("").replaceAll("\n", " ");
+      const around = (from, to) => found.pieces.slice(Math.max(0, from), to).join("").replaceAll("\n", " ");
       const go = () => (text.spans[i].scrollIntoView({ block: "center" }), text.pick(i));
       return el("li", {}, el("button", { type: "button", className: "plain", onclick: go },
-        el("span", { className: "context" }, before), el("mark", {}, nameOf(found.pieces[i])), el("span", { className: "quiet" }, `${number(found.bits[i], 1)} bits`)));  // prettier-ignore
+        el("span", { className: "context" }, around(i - 20, i)), el("mark", {}, nameOf(found.pieces[i])), el("span", { className: "context after" }, around(i + 1, i + 16)),
+        el("span", { className: "quiet" }, `${number(found.bits[i], 1)} bits`)));  // prettier-ignore
     }));  // prettier-ignore
   }
   return { node, show };

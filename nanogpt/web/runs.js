@@ -134,7 +134,7 @@ function verdictOf(run) {
   if (run.val_loss === null) return "No evaluation yet: the first one measures the model on text that it does not learn from.";
   const nats = Object.entries(run.baselines).filter(([, loss]) => run.val_loss < loss).sort((a, b) => a[1] - b[1])[0];
   const so = nats ? `So far it predicts held-out text better than ${BASELINES[nats[0]]}.` : "So far it predicts held-out text no better than chance.";
-  return run.state === "training" ? so : `${so} It stopped before its end; to go on: nanogpt train --resume --out FOLDER`;
+  return run.state === "training" ? so : `${so} It stopped before its end; to go on: nanogpt train --resume --out ${run.folder}`;
 }
 
 function makeCharts(view) {
