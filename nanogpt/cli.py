@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +39,8 @@ app = App(name="nanogpt", version=nanogpt.__version__, help="Train a GPT on your
 @app.command
 def train(
     *text: str, out: Path | None = None, config: Path | None = None, preset: str | None = None, init_from: Path | None = None,
-    resume: Switch = False, overwrite: Switch = False, track: Annotated[tuple[str, ...], Parameter(negative="")] = (), settings: Settings = Config(),
+    resume: Switch = False, overwrite: Switch = False, open_page: Annotated[bool, Parameter(name="--open", negative="")] = False,
+    track: Annotated[tuple[str, ...], Parameter(negative="")] = (), settings: Settings = Config(),
 ) -> None:  # fmt: skip
     """Train a model on a text; watch it learn. Ctrl-C saves and stops.
 
@@ -58,6 +60,8 @@ def train(
         Go on with the run in the folder, exactly where it was saved; it needs no text.
     overwrite
         Replace the run in the folder.
+    open_page
+        Open a page in the browser that shows the run while it goes on, and the runs beside it.
     track
         Give the numbers to a tracker too: tensorboard, trackio or wandb, without account or network; may be given more than once.
     """
@@ -68,13 +72,22 @@ def train(
     if out is None and not text:
         raise UserError("Which text?", "nanogpt train TEXT, or nanogpt train --resume --out RUN.")
     run = out or Path("runs") / _run_name(text[0])
-    try:
+    with ExitStack() as stack:
+        stack.callback(terminal.close)
+
+        def tell(event: report.Event) -> None:
+            terminal(event)
+            if open_page and isinstance(event, report.Started):  # the folder is there now
+                from nanogpt.serve.beside import page_beside
+
+                stack.enter_context(page_beside(run, lambda url: terminal.console.print(f"Page     {url}/")))
+
         library.train(
-            text, run, config=config, preset=preset, init_from=init_from, resume=resume, overwrite=overwrite, track=track, begun=begun, on_event=terminal,
+            text, run, config=config, preset=preset, init_from=init_from, resume=resume, overwrite=overwrite, track=track, begun=begun, on_event=tell,
             **flatten(settings, explicit=True),
         )  # fmt: skip
-    finally:
-        terminal.close()
+    if open_page:
+        print(f"The page has ended with the training. To see it again: nanogpt serve {shlex.quote(str(run.parent))}")
 
 
 @app.command
@@ -392,7 +405,7 @@ def _dash_last(words: list[str]) -> list[str]:
     """Put a lone "-", standard input, behind "--", where cyclopts takes it for a text and not for an option."""
     settings = [(name, field) for section in Config.model_fields.values() for name, field in section.annotation.model_fields.items()]  # type: ignore[union-attr]
     yes_or_no = [name.replace("_", "-") for name, field in settings if field.annotation in (bool, bool | None)]
-    alone = {"--resume", "--overwrite", "--json", "--strict", "--by-position", "--surprise", "--attention", "--neurons", "--copies"}
+    alone = {"--resume", "--overwrite", "--json", "--strict", "--by-position", "--open", "--surprise", "--attention", "--neurons", "--copies"}
     alone |= {f"--{no}{name}" for name in yes_or_no for no in ("", "no-")}
     texts = [i for i, word in enumerate(words) if word == "-" and (not words[i - 1].startswith("--") or "=" in words[i - 1] or words[i - 1] in alone)]
     if not texts or "--" in words:

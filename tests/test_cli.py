@@ -13,9 +13,9 @@ from nanogpt import cli
 SURFACE = {
     "train": "--arch --attention --batch-size --checkpoint-activations --compile --config --context-length --cooldown --cross-documents --deterministic "
     "--device --dropout --dtype --encoding --eval-every --field --grad-clip --init-from --learning-rate --matrix-learning-rate --micro-batch-size "
-    "--minutes --n-embd --n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --optimizer --out --overwrite "
-    "--patience --preset --resume --rope-base --seed --steps --threads --tokenizer --track --val --val-bytes --vocab-size --warmup-steps --weight-decay "
-    "--window",
+    "--minutes --n-embd --n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --open --optimizer --out "
+    "--overwrite --patience --preset --resume --rope-base --seed --steps --threads --tokenizer --track --val --val-bytes --vocab-size --warmup-steps "
+    "--weight-decay --window",
     "plan": "--arch --attention --batch-size --checkpoint-activations --compile --context-length --cooldown --cross-documents --deterministic --device "
     "--dropout --dtype --encoding --eval-every --field --gpu --gpus-per-node --grad-clip --json --learning-rate --matrix-learning-rate "
     "--micro-batch-size --minutes --n-embd --n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --nodes "

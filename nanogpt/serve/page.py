@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # it imports torch, which the page of a folder of runs does w
 WEB = Path(__file__).parent.parent / "web"
 TEXT = 200_000  # characters that may be looked into
 WEIGHTS = 1 << 21  # of attention, that a page is sent: eight megabytes
-# All comes from this server. Plotly writes its styles into the document, which nothing less than 'unsafe-inline' lets it do; no script and no address can come in by it.
+# All comes from this server. Plotly writes style sheets into the document, which nothing less than 'unsafe-inline' lets it do; no script can come in by that.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
@@ -126,15 +126,8 @@ async def neurons(request: Request, question: _NeuronQuestion) -> Response:
 
 @router.post("/page/look/exciting")
 async def exciting(request: Request, question: _NeuronQuestion) -> Response:
-    """The held-out passages that a neuron responds to most; none where the text of the run is gone."""
-
-    def look(model: "Model") -> list[dict[str, Any]]:
-        try:
-            return [excerpt.asdict() for excerpt in model.look("").exciting(question.layer, question.neuron or 0)]
-        except UserError:
-            return []
-
-    return await _look(request, question, look)
+    """The held-out passages that a neuron responds to most. Errors: also where the text of the run is gone."""
+    return await _look(request, question, lambda model: [excerpt.asdict() for excerpt in model.look("").exciting(question.layer, question.neuron or 0)])
 
 
 @router.post("/page/look/embedding")

@@ -51,6 +51,7 @@ def overview(run: Path) -> dict[str, Any]:
     finished = summary.get("finished") == step and step > 0
     measured = summary if finished and "val_loss" in summary else evaluations
     val_bytes, train_bytes = about.get("val_bytes", 0), about.get("train_bytes", 0)
+    sources = [os.path.basename(str(source)) for source in about.get("sources", [])]
     return _clean({
         "name": run.name, "folder": shlex.quote(str(run)),
         "state": "finished" if finished else "training" if time.time() - _last_written(run) < QUIET_SECONDS else "stopped",
@@ -59,7 +60,7 @@ def overview(run: Path) -> dict[str, Any]:
         "val_loss": measured.get("val_loss"), "bits_per_byte": measured.get("bits_per_byte"),
         "bits_per_nat": about["val_tokens"] / val_bytes / math.log(2) if val_bytes else None,
         "baselines": about.get("baselines", {}), "verdict": summary.get("verdict"), "has_model": bool(summary),
-        "text": {"sources": [os.path.basename(str(source)) for source in about.get("sources", [])], "bytes": train_bytes + val_bytes, "split": about.get("split")},
+        "text": {"sources": sources, "bytes": train_bytes + val_bytes, "split": about.get("split")},
         "settings": settings,
     })  # fmt: skip
 
@@ -82,7 +83,8 @@ def news(path: Path | None, offset: int, file: str) -> dict[str, Any]:
         stream.seek(start)
         part = stream.read(PART)
     whole = part[: part.rfind(b"\n") + 1]
-    return {"file": now, "from": start, "offset": start + len(whole), "more": start + len(part) < about.st_size and bool(whole), "records": list(_records(whole))}
+    more = bool(whole) and start + len(part) < about.st_size
+    return {"file": now, "from": start, "offset": start + len(whole), "more": more, "records": list(_records(whole))}
 
 
 def metrics(path: Path | None, offset: int, file: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import { choice, el, nameOf, number, percent, svg } from "./dom.js";
 import { TokenText } from "./tokens.js";
 
 const ARCS = 12; // at most, the strongest
+const NEAR = 5; // characters back, about a word, are no distance
 const FAINT = 0.02; // a share of attention below which no arc is drawn
 
 export function attentionView() {
@@ -22,7 +23,7 @@ export function attentionView() {
   const average = choice("Which attention", [["one", "One head"], ["layer", "Mean of the layer"]], view.how, (how) => ((view.how = how), paint()));
   const title = el("h3", {});
   const cut = el("p", { className: "quiet" });
-  const node = el("div", { className: "panel" }, el("p", { className: "quiet" }, "Before it predicts the next character, each head looks back. A row is a character, its columns those it looks at: the deeper the colour, the more. Choose a map, then a character."),
+  const node = el("div", { className: "panel" }, el("p", { className: "quiet" }, "Before it predicts the next character, each head looks back. A row is a character, its columns those it looks at: the deeper the colour, the more. Choose a map, named by its layer and head, then a character."),
     cut, maps, el("div", { className: "toolbar" }, title, average), el("div", { className: "attention" }, el("div", {}, stage, reading), large));  // prettier-ignore
 
   /** The share that token i takes from token j, of the head or layer that is shown. */
@@ -39,16 +40,37 @@ export function attentionView() {
     const answer = await ask("/page/look/attention", { model, text: given });
     const bytes = Uint8Array.from(atob(answer.weights), (sign) => sign.charCodeAt(0));
     found = { ...answer, tokens: answer.pieces.length, weights: new Float32Array(bytes.buffer) };
-    [view.layer, view.head] = [Math.min(view.layer, found.layers - 1), Math.min(view.head, found.heads - 1)];
-    view.place = found.tokens - 1;
+    [view.layer, view.head, view.place] = mostTelling();
     cut.textContent = found.tokens < answer.length ? `The first ${number(found.tokens)} of ${number(answer.length)} tokens: as far as the model looks back, or as a page can show.` : "";
     text.set(found.pieces);
     drawMaps();
     paint();
   }
 
+  /** Where to begin: the head that looks most decidedly at something farther back, and the character at which it does. */
+  function mostTelling() {
+    const { layers, heads, tokens, weights } = found;
+    let best = [0, 0, tokens - 1];
+    let most = 0;
+    for (let k = 0; k < layers * heads; k++) {
+      let [sum, strongest, place] = [0, 0, tokens - 1];
+      for (let i = NEAR; i < tokens; i++) {
+        const row = weights.subarray((k * tokens + i) * tokens, (k * tokens + i) * tokens + i - NEAR + 1);
+        const share = Math.max(...row);
+        sum += share;
+        if (share > strongest) [strongest, place] = [share, i];
+      }
+      if (sum > most) [most, best] = [sum, [Math.floor(k / heads), k % heads, place]];
+    }
+    return best;
+  }
+
   function drawMaps() {
-    maps.style.setProperty("--heads", found.heads);
+    const across = found.heads < found.layers; // whichever are more go from left to right
+    maps.style.setProperty("--columns", across ? found.layers : found.heads);
+    maps.style.setProperty("--flow", across ? "column" : "row");
+    maps.style.setProperty("--rows", across ? found.heads : found.layers);
+    const [down, right] = across ? [1, found.heads] : [found.heads, 1];
     const buttons = Array.from({ length: found.layers * found.heads }, (_, k) => {
       const [layer, head] = [Math.floor(k / found.heads), k % found.heads];
       const canvas = el("canvas", {});
@@ -57,7 +79,7 @@ export function attentionView() {
       return el("button", { type: "button", role: "radio", onclick: pick, "aria-label": `Layer ${layer}, head ${head}` }, canvas, el("span", { className: "quiet" }, `${layer}.${head}`));
     });
     maps.onkeydown = (event) => {
-      const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: found.heads, ArrowUp: -found.heads }[event.key];
+      const step = { ArrowRight: right, ArrowLeft: -right, ArrowDown: down, ArrowUp: -down }[event.key];
       const next = step && buttons[buttons.indexOf(document.activeElement) + step];
       if (!next) return;
       event.preventDefault();

@@ -12,7 +12,7 @@ export function copiesTab(panel, model) {
   const text = el("div", { className: "text passages", role: "group", "aria-label": "The text, with what stands in the training text marked" });
   const list = el("ol", { className: "found" });
   const none = el("p", { className: "quiet" });
-  const results = el("div", { hidden: true },
+  const results = el("div", { className: "stack", hidden: true },
     el("div", { className: "panel" }, verdict, facts, bars),
     el("div", { className: "panel" }, el("h3", {}, "Passages, the longest first"), none, list),
     el("div", { className: "panel" }, el("h3", {}, "In the text"), text));  // prettier-ignore
@@ -25,7 +25,7 @@ export function copiesTab(panel, model) {
     verdict.textContent = found.sentence;
     facts.replaceChildren(fact("Copied", percent(found.share), "of the text"), fact("Longest passage", number(found.longest), "bytes"),
       fact("Searched", number(found.indexed_bytes / 1e6, 2), "MB of training text"));  // prettier-ignore
-    bars.replaceChildren(bar("This text", found.share, true), bar(`Fresh text, the median of ${number(found.fresh.windows)}`, found.fresh.share), bar("Fresh text, the most", found.fresh.share_most));
+    bars.replaceChildren(bar("This text", found.share, true), bar(`Fresh text: the median of ${number(found.fresh.windows)} stretches as long`, found.fresh.share));
     bars.hidden = !found.fresh.windows;
     none.textContent = found.passages.length ? `What stands in both and is ${found.least} bytes long or more.` : `None of ${found.least} bytes or more: nothing long stands in the training text.`;
     const signs = [...given]; // places are counted in characters, as Python does, not in halves of them
@@ -35,6 +35,7 @@ export function copiesTab(panel, model) {
   }
 
   function entry({ start, end, bytes, document: place, line, before, after }, i, signs) {
+    const inLine = (words) => words.replaceAll("\n", "↵");
     const go = () => {
       const mark = text.querySelector(`[data-passage="${i}"]`);
       mark.scrollIntoView({ block: "center" });
@@ -42,7 +43,7 @@ export function copiesTab(panel, model) {
     };
     return el("li", {}, el("button", { type: "button", className: "plain passage", onclick: go, "aria-label": `Passage ${i + 1}: ${bytes} bytes, line ${line} of document ${place}; show it in the text` },
       el("span", { className: "quiet" }, `${number(bytes)} bytes · document ${number(place)}, line ${number(line)} of the training text`),
-      el("span", { className: "text" }, el("span", { className: "faint" }, `…${before}`), el("mark", {}, signs.slice(start, end).join("")), el("span", { className: "faint" }, `${after}…`))));  // prettier-ignore
+      el("span", { className: "text" }, el("span", { className: "faint" }, `…${inLine(before)}`), el("mark", {}, inLine(signs.slice(start, end).join(""))), el("span", { className: "faint" }, `${inLine(after)}…`))));  // prettier-ignore
   }
   return {};
 }

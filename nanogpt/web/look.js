@@ -17,17 +17,21 @@ export function lookTab(panel, model) {
   const source = new Source("A text to read", "Look", model, (given) => ((text = given), refresh(true)));
   const holder = el("div", { className: "view" });
   const switcher = choice("What to look at", Object.entries(VIEWS), shown, (key) => ((shown = key), source.error.replaceChildren(), refresh().catch((error) => source.error.replaceChildren(failure(error)))));  // prettier-ignore
+  const hint = el("p", { className: "quiet" }, "Give it a text above, or take the model's last sample, to see how it reads.");
   const results = el("div", { hidden: true }, el("div", { className: "switcher" }, switcher), source.error, holder);
   panel.append(source.empty, source.form, results);
-  model.changed.push(() => (text ? refresh(true).catch((error) => source.error.replaceChildren(failure(error))) : null));
+  const again = () => refresh(true).catch((error) => source.error.replaceChildren(failure(error)));
+  model.changed.push(again);
+  again();
 
   /** Show the chosen view of the text; one that has read this text with this model already stays as it is. */
   async function refresh(anew = false) {
-    results.hidden = !text;
+    results.hidden = !model.name;
     if (anew) for (const view of Object.values(views)) view.read = false;
     const view = views[shown];
-    holder.replaceChildren(view.node);
-    if (view.read || !text || !model.name) return;
+    const ready = text || shown === "alphabet"; // which is the model's, whatever the text
+    holder.replaceChildren(ready ? view.node : hint);
+    if (view.read || !ready || !model.name) return;
     await view.show(model.name, text);
     view.read = true;
     announce(`${VIEWS[shown]} is shown`);
@@ -101,13 +105,13 @@ function neuronsView() {
     asked = { model, text: given };
     found = await ask("/page/look/neurons", { model, text: given, ...which });
     layer.replaceChildren(...Array.from({ length: found.layers }, (_, i) => el("option", { value: i, selected: i === found.layer }, String(i))));
-    strongest.replaceChildren(...found.strongest.map(([i, spread]) => el("option", { value: i, selected: i === found.neuron }, `${i} (± ${number(spread, 2)})`)));
+    strongest.replaceChildren(...found.strongest.map(({ neuron: i, spread }) => el("option", { value: i, selected: i === found.neuron }, `${i} (± ${number(spread, 2)})`)));
     text.set(found.pieces);
     const highest = Math.max(1e-9, ...found.activations.map(Math.abs));
     text.shade(found.activations.map((value) => value / highest));
     const own = found;
     excerpts.replaceChildren(el("li", { className: "quiet" }, "Reading it …"));
-    const passages = await ask("/page/look/exciting", { model, layer: found.layer, neuron: found.neuron });
+    const passages = await ask("/page/look/exciting", { model, layer: found.layer, neuron: found.neuron }).catch(() => []);
     if (own !== found) return; // another neuron was chosen meanwhile
     excerpts.replaceChildren(...(passages.length ? passages.map(excerptOf) : [el("li", { className: "quiet" }, "The held-out text of this model is not at hand.")]));
   }
@@ -131,7 +135,7 @@ function alphabetView() {
 
   async function show(model) {
     found = await ask("/page/look/embedding", { model });
-    said.textContent = `Each sign where the model puts it: those it treats alike stand together. Two dimensions of its embedding, which show ${percent(found.explained[0] + found.explained[1])} of all differences.`;
+    said.textContent = `Each sign where the model puts it: those it treats alike stand together. Two dimensions of its embedding, which show ${percent(found.explained[0] + found.explained[1])} of all differences. Vowels are coloured.`;
     chart.setAttribute("aria-label", `A map of ${found.pieces.length} signs`);
     await repaint();
   }
@@ -140,7 +144,7 @@ function alphabetView() {
     const Plotly = await plotly();
     const { ink, accent } = colours();
     const names = found.pieces.map((piece) => (/^\s*$/.test(piece) ? nameOf(piece) : piece));
-    const bare = { showgrid: false, showticklabels: false, ticks: "", zeroline: false };
+    const bare = { showgrid: false, showticklabels: false, ticks: "", zeroline: false, showline: false };
     const vowels = new Set("aeiouAEIOU");
     await Plotly.react(chart, [{
       x: found.xy.map(([x]) => x), y: found.xy.map(([, y]) => y), type: "scatter", mode: found.pieces.length > 600 ? "markers" : "text", text: names.map(plain),

@@ -176,7 +176,7 @@ function makeSamples() {
   const where = el("p", { className: "quiet", "aria-live": "off" });
   const text = el("div", { className: "text sample", role: "region", "aria-label": "Sample", tabIndex: 0 });
   const none = el("p", { className: "quiet" }, "Nothing written yet. After each evaluation, the model writes a little from the same random numbers.");
-  const some = el("div", { hidden: true }, el("div", { className: "slider" }, el("span", { className: "quiet" }, "early"), slider, el("span", { className: "quiet" }, "late")), where, text);
+  const some = el("div", { className: "stack close", hidden: true }, el("div", { className: "slider" }, el("span", { className: "quiet" }, "early"), slider, el("span", { className: "quiet" }, "late")), where, text);
   const node = el("div", { className: "panel" }, el("h3", {}, "What it wrote on the way"), none, some);
   let losses = new Map();
 
