@@ -142,6 +142,8 @@ class MachineConfig(PlaceConfig):
     """fused is one kernel, plain a softmax between two products; auto is the faster."""
     deterministic: Annotated[bool, Parameter(negative="")] = False
     """Only kernels that repeat bit for bit, on GPUs too, where that is slower."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: ddp keeps the whole model in every process, fsdp a part of it, which needs less memory and talks more."""
 
 
 class Config(Section):

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanogpt import checkpoint, finetune, generate, machine, recipe
+from nanogpt import __version__, checkpoint, finetune, generate, machine, recipe
 from nanogpt.config import (
     Config,
     MachineConfig,
@@ -285,53 +285,144 @@ def train(
     trackers = Trackers([track] if isinstance(track, str) else track)
     if track and out is None:
         raise UserError("A run that is tracked needs a folder.", "Name one, in Python out=RUN.")
+    wanted = _given(settings, config, preset, resuming=True)
+    ranks = machine.join(str(wanted.get("device", "auto")))
     with ExitStack() as stack:
+        stack.enter_context(ranks.connected())
+        words = {"text": sources, "init_from": init_from and os.fspath(init_from), "resume": resume, "overwrite": overwrite}
+        ranks.require_same({"nanogpt": __version__, "torch": torch.__version__} | {name: str(value) for name, value in (wanted | words).items()})
         run = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nanogpt-")))
-        checkpoint.require_run_folder(run, resume=resume, overwrite=overwrite)
-        resuming = resume and checkpoint.latest_step(run) is not None
-        if resume and not resuming:
-            warnings.warn(f"There is no saved state in {run}: starting afresh.", Notice, stacklevel=2)
-        given = _given(settings, config, preset, resuming)
-        earlier = finetune.earlier_model(init_from, given) if init_from is not None and not resuming else None
-        settled, prepared, place, choices = _settle(run, sources, given, resuming, begun if preset is None else None, earlier)
-        open_ones, (settled, needed, free) = settled.training, fitted(settled, prepared.tokenizer.vocab_size, place)
-        choices += _smaller(open_ones, settled.training, free)
+
+        def begin() -> _Beginning:
+            again = _after_restart(run, ranks, resume, overwrite)
+            checkpoint.require_run_folder(run, **again)
+            resuming = again["resume"] and checkpoint.latest_step(run) is not None
+            if resume and not resuming:
+                warnings.warn(f"There is no saved state in {run}: starting afresh.", Notice, stacklevel=2)
+            given = _given(settings, config, preset, resuming)
+            earlier = finetune.earlier_model(init_from, given) if init_from is not None and not resuming else None
+            settled, prepared, place, choices = _settle(run, sources, given, resuming, begun if preset is None else None, earlier, ranks)
+            open_ones, (settled, needed, free) = settled.training, fitted(settled, prepared.tokenizer.vocab_size, place, ranks)
+            choices += _smaller(open_ones, settled.training, free, len(ranks.rows(open_ones.batch_size)))
+            return _Beginning(settled, prepared, place, choices, needed, free, resuming, earlier, again, given)
+
+        first = ranks.decided(begin)
+        settled, prepared, place, resuming, fine_tuning = _shared(first, ranks)
+        ranks = replace(ranks, sharded=ranks.size > 1 and settled.machine.parallel == "fsdp")
         with machine.memory_for(f"a model of this shape: {settled.model}"):
-            model, optimizer = build(settled, prepared.tokenizer.vocab_size, place)
-        require_space(run, 8 * sum(p.nbytes for p in model.parameters()))  # model and state, each also while it is replaced
-        stack.enter_context(locked(run / ".lock"))
-        checkpoint.require_run_folder(run, resume=resume, overwrite=overwrite)  # again: another process may have been here meanwhile
-        if resuming:
-            position = Position.from_json(checkpoint.load_state(run, model, optimizer))
-            began_from = prepared.about.get("init_from")
-            if init_from is not None and findable(os.fspath(init_from)) != began_from:
-                raise UserError(f"The run in {run} began from {began_from or 'no earlier model'}, not from {init_from}.", "Leave out --init-from.")
-            used = (position.seconds + position.overhead) / 60
-            if given.get("minutes") is not None and given["minutes"] < used:
-                raise UserError(f"The run in {run} took {used:.2g} minutes already, more than --minutes {given['minutes']:g}.", "Give it more.")
-        else:
-            if earlier is not None:
-                checkpoint.take_weights(model, earlier.model)
-                prepared.about["init_from"] = findable(os.fspath(init_from or ""))
-                earlier = None  # which would take memory
-            checkpoint.clear_run_folder(run)
-            position = Position()
-        sweep(run, older_than=0)
-        write_text(run / "config.toml", to_toml(settled))
-        write_text(run / "text.json", json.dumps(prepared.about, indent=1))
-        asked = stack.enter_context(_stop_signals(on_event)) if out is not None else []
-        trainer = Trainer(model, optimizer, prepared, settled.training, place, run, position, lambda: bool(asked), begun)
+            model, optimizer = build(settled, prepared.tokenizer.vocab_size, place, ranks)
+
+        def take_folder() -> None:
+            assert first is not None
+            require_space(run, 8 * sum(p.numel() * p.element_size() for p in model.parameters()))  # model and state, each also while it is replaced
+            stack.enter_context(locked(run / ".lock"))
+            checkpoint.require_run_folder(run, **first.again)  # again: another process may have been here meanwhile
+            if resuming:
+                _require_right_resume(run, first.given, init_from, prepared.about.get("init_from"))
+            else:
+                checkpoint.clear_run_folder(run)
+
+        ranks.decided(take_folder)
+        position = Position.from_json(checkpoint.load_state(run, model, optimizer, ranks)) if resuming else Position()
+        if fine_tuning:
+            checkpoint.take_weights(model, first.earlier.model if first and first.earlier else None, ranks)
+            prepared.about["init_from"] = findable(os.fspath(init_from or ""))
+        if first:
+            first = replace(first, earlier=None)  # which would take memory
+            sweep(run, older_than=0)
+            write_text(run / "config.toml", to_toml(settled))
+            write_text(run / "text.json", json.dumps(prepared.about, indent=1))
+            if ranks.launch:
+                (run / ".lock").write_text(ranks.launch, encoding="utf-8")
+        tell = on_event if first else lambda event: None
+        asked = stack.enter_context(_stop_signals(tell, once=ranks.launch == "")) if out is not None else []
+        trainer = Trainer(model, optimizer, prepared, settled.training, place, run, position, lambda: bool(asked), begun, ranks)
         stack.callback(trackers.finish)
         log, event = RunLog(run), None
-        for event in _events(trainer, settled, place, choices, needed, free):
-            log(event)
-            trackers(event)
-            on_event(event)
-        if out is not None:
+        for event in _events(trainer, settled, first):
+            if first:
+                log(event)
+                trackers(event)
+                on_event(event)
+        if first and out is not None:
             write_report(run)
         if isinstance(event, Interrupted):
-            raise KeyboardInterrupt if asked[0] == signal.SIGINT else SystemExit(128 + asked[0])
-        return Model(checkpoint.load(run, place.device), place, run, prepared)
+            number = asked[0] if asked else signal.SIGTERM  # another process was asked
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        return Model(_kept(run, place, ranks, trainer), place, run, prepared)
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """What the first process has decided before a model is built."""
+
+    settled: Config
+    prepared: Prepared
+    place: machine.Machine
+    choices: list[Choice]
+    needed: float
+    free: float | None
+    resuming: bool
+    earlier: checkpoint.Parts | None
+    again: dict[str, bool]  # whether to resume, and whether to overwrite
+    given: dict[str, Any]
+
+
+def _after_restart(run: Path, ranks: machine.Ranks, resume: bool, overwrite: bool) -> dict[str, bool]:
+    """Whether to resume and to overwrite: as asked, or where torchrun has begun this very run again after a process had died, on from its last save, if any."""
+    with suppress(OSError):
+        if ranks.restarted and (run / ".lock").read_text(encoding="utf-8") == ranks.launch:
+            resume = checkpoint.latest_step(run) is not None
+            overwrite = not resume
+    return {"resume": resume, "overwrite": overwrite}
+
+
+def _shared(first: _Beginning | None, ranks: machine.Ranks) -> tuple[Config, Prepared, machine.Machine, bool, bool]:
+    """What the first process has decided, in every one: settings, text, machine, and whether the run goes on, or begins from an earlier model. Only names
+    travel: the text is opened where it lies, or prepared again on a machine that does not see it."""
+    if ranks.size == 1:
+        assert first is not None
+        return first.settled, first.prepared, first.place, first.resuming, first.earlier is not None
+    told = first and [first.settled.model_dump(), first.prepared.about, first.resuming, first.earlier and first.earlier.tokenizer.to_json()]
+    settings, about, resuming, tokenizer = ranks.of_first(told)
+    settled = Config.model_validate(settings)
+    prepared = ranks.in_turn(lambda: first.prepared if first else _same_text(about, settled, tokenizer, ranks))
+    chosen = settled.machine
+    place = replace(machine.choose(chosen, ranks), attention=str(chosen.attention), compile=bool(chosen.compile))
+    return settled, prepared, place, resuming, tokenizer is not None
+
+
+def _same_text(about: dict[str, Any], settled: Config, tokenizer: str | None, ranks: machine.Ranks) -> Prepared:
+    try:
+        prepared = open_prepared(Path(about["folder"]))
+    except UserError:
+        prepared = prepare(about["sources"], settled.text, Tokenizer.from_json(tokenizer) if tokenizer else None)
+    if wrong := [name for name in SAME_TEXT if prepared.about[name] != about[name]]:
+        what = ", ".join(f"{name} {prepared.about[name]}, but {about[name]} on rank 0" for name in wrong)
+        raise UserError(f"Rank {ranks.rank} of {ranks.size} finds another text: {what}.", "Copy the same text to every machine.")
+    prepared = replace(prepared, about=about | {"folder": prepared.about["folder"]})
+    return prepared if settled.text.cross_documents else prepared.within_documents(settled.model.context_length)
+
+
+def _require_right_resume(run: Path, given: dict[str, Any], init_from: str | os.PathLike[str] | None, began_from: str | None) -> None:
+    """Errors: `UserError` where a run that goes on is to have begun from another model, or to take less time than it took."""
+    if init_from is not None and findable(os.fspath(init_from)) != began_from:
+        raise UserError(f"The run in {run} began from {began_from or 'no earlier model'}, not from {init_from}.", "Leave out --init-from.")
+    used = checkpoint.seconds_used(run) / 60
+    if given.get("minutes") is not None and given["minutes"] < used:
+        raise UserError(f"The run in {run} took {used:.2g} minutes already, more than --minutes {given['minutes']:g}.", "Give it more.")
+
+
+def _kept(run: Path, place: machine.Machine, ranks: machine.Ranks, trainer: Trainer) -> checkpoint.Parts:
+    """The model that stays, whole in every process: only the first needs to see its file."""
+    parts = ranks.decided(lambda: checkpoint.load(run, place.device))
+    if ranks.size == 1:
+        assert parts is not None
+        return parts
+    summary = ranks.of_first(parts and parts.summary)
+    model = parts.model if parts else checkpoint.empty_model(trainer.model.config, trainer.model.vocab_size, place.device).eval()
+    checkpoint.take_weights(model, model if parts else None, replace(ranks, sharded=False))
+    return checkpoint.Parts(model, trainer.text.tokenizer, summary)
 
 
 def _given(settings: dict[str, Any], config: str | os.PathLike[str] | None, preset: str | None, resuming: bool) -> dict[str, Any]:
@@ -354,7 +445,7 @@ def _ends(settings: dict[str, Any]) -> bool:
 
 
 def _settle(
-    run: Path, sources: Sequence[str], given: dict[str, Any], resuming: bool, begun: float | None, earlier: checkpoint.Parts | None
+    run: Path, sources: Sequence[str], given: dict[str, Any], resuming: bool, begun: float | None, earlier: checkpoint.Parts | None, ranks: machine.Ranks
 ) -> tuple[Config, Prepared, machine.Machine, list[Choice]]:
     """Everything that is decided before a model is built: settings, text and machine, and why. With `begun` the recipe has a say in a new run by the clock."""
     if resuming:
@@ -375,31 +466,32 @@ def _settle(
     if prepared.about["sources"] == [prepared.about["folder"]]:  # the settings of a text that was prepared before are those it was prepared with
         given = given | {name: value for name, value in prepared.about["text"].items() if name != "cross_documents"}
         settled = resolve(given, complete=not recipe_follows)
-    place = machine.choose(settled.machine)
+    place = machine.choose(settled.machine, ranks)
     choices: list[Choice] = []
     if begun is not None and recipe_follows:
         left = 60 * given["minutes"] - (time.monotonic() - begun)
         with machine.memory_for("a model of these settings"):
-            choices = recipe.choose(left, len(prepared.train), prepared.tokenizer.vocab_size, place, given)
+            choices = recipe.choose(left, len(prepared.train), prepared.tokenizer.vocab_size, place, given, ranks.size)
         settled = resolve(given | {choice.name: choice.value for choice in choices})
     if earlier is not None:
         gentler = finetune.gentler(settled, given)
         settled = resolve(flatten(settled) | {choice.name: choice.value for choice in gentler})
         choices = [choice for choice in choices if choice.name not in {other.name for other in gentler}] + gentler
     settled = _fit_context(settled, asked, len(prepared.train))
-    seconds = _expected_seconds(settled, prepared, place)
+    seconds = _expected_seconds(settled, prepared, place) / (ranks.size if settled.training.minutes is None else 1)
     place, reasons = machine.for_training(place, settled.machine, settled.model, settled.training.batch_size, seconds)
     choices += [Choice(name, getattr(place.settings(), name), reason) for name, reason in reasons.items()]
     if not settled.text.cross_documents:
         prepared = prepared.within_documents(settled.model.context_length)
-    return settled.model_copy(update={"machine": place.settings()}), prepared, place, choices
+    chosen = place.settings().model_copy(update={"parallel": settled.machine.parallel})
+    return settled.model_copy(update={"machine": chosen}), prepared, place, choices
 
 
-def _smaller(asked: TrainingConfig, chosen: TrainingConfig, free: float | None) -> list[Choice]:
-    """What was chosen because memory does not suffice for a whole batch at once."""
-    reason = f"all {asked.batch_size} windows at once would take more than the {(free or 0) / 1e9:.2g} GB that are free"
+def _smaller(asked: TrainingConfig, chosen: TrainingConfig, free: float | None, rows: int) -> list[Choice]:
+    """What was chosen because memory does not suffice for a whole batch at once, or for the `rows` of it that a process has."""
+    reason = f"all {rows} windows at once would take more than the {(free or 0) / 1e9:.2g} GB that are free"
     found = []
-    if asked.micro_batch_size is None and chosen.micro_batch_size != asked.batch_size:
+    if asked.micro_batch_size is None and chosen.micro_batch_size != rows:
         found.append(Choice("micro_batch_size", chosen.micro_batch_size, reason))
     if asked.checkpoint_activations is None and chosen.checkpoint_activations:
         found.append(Choice("checkpoint_activations", True, reason))
@@ -486,17 +578,24 @@ def _fit_context(settled: Config, given: dict[str, Any], tokens: int) -> Config:
     return settled.model_copy(update={"model": settled.model.model_copy(update={"context_length": fitting})})
 
 
-def _events(trainer: Trainer, settled: Config, place: machine.Machine, choices: list[Choice], needed: float, free: float | None) -> Iterator[Event]:
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    flops = flops_per_token(settled.model, trainer.text.tokenizer.vocab_size)
-    peak = machine.peak(place.device, place.dtype)
-    yield Started(str(trainer.run), trainer.position.step, settled, parameters, trainer.text.about, str(place), flops, peak, choices, needed, free)
+def _events(trainer: Trainer, settled: Config, first: _Beginning | None) -> Iterator[Event]:
+    if first:
+        place, ranks = first.place, trainer.ranks
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        flops = flops_per_token(settled.model, trainer.text.tokenizer.vocab_size)
+        peak = ranks.size * machine.peak(place.device, place.dtype)
+        where = str(place) + (f", {ranks.size} processes ({ranks}, {settled.machine.parallel})" if ranks.size > 1 else "")
+        about = trainer.text.about
+        yield Started(
+            str(trainer.run), trainer.position.step, settled, parameters, about, where, flops, peak, first.choices, first.needed, first.free
+        )  # fmt: skip
     yield from trainer.events()
 
 
 @contextmanager
-def _stop_signals(on_event: Callable[[Event], None]) -> Iterator[list[int]]:
-    """Collect the signals that ask to stop in a list instead of dying of them; a second one kills the process."""
+def _stop_signals(on_event: Callable[[Event], None], once: bool = True) -> Iterator[list[int]]:
+    """Collect the signals that ask to stop in a list instead of dying of them; a second one kills the process, unless they come `once` from a person and once
+    more from torchrun, which has its own way to end who does not stop."""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield asked
@@ -510,8 +609,10 @@ def _stop_signals(on_event: Callable[[Event], None]) -> Iterator[list[int]]:
 
     def stop(number: int, frame: object) -> None:
         asked.append(number)
-        restore()
-        on_event(Stopping())
+        if once:
+            restore()
+        if len(asked) == 1:
+            on_event(Stopping())
 
     for number in numbers:
         signal.signal(number, stop)

@@ -311,15 +311,19 @@ class GPT(nn.Module):
         al. 2019, "Fixup", section 3.2).
         """
         for name, parameter in self.named_parameters():
-            into_stream = name.endswith("proj.weight")
-            if parameter.dim() < 2:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-            elif self.config.arch == "classic":
-                parameter.normal_(0.0, 0.02 / (math.sqrt(2 * self.config.n_layer) if into_stream else 1.0), generator=generator)
-            elif into_stream or name == "head.weight":
-                parameter.zero_()
-            else:
-                parameter.normal_(0.0, 1.0 if name == "wte.weight" else parameter.shape[1] ** -0.5, generator=generator)
+            self.init_weight(name, parameter, generator)
+
+    def init_weight(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        """The initial values of one of the parameters, which are drawn in their order."""
+        into_stream = name.endswith("proj.weight")
+        if parameter.dim() < 2:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+        elif self.config.arch == "classic":
+            parameter.normal_(0.0, 0.02 / (math.sqrt(2 * self.config.n_layer) if into_stream else 1.0), generator=generator)
+        elif into_stream or name == "head.weight":
+            parameter.zero_()
+        else:
+            parameter.normal_(0.0, 1.0 if name == "wte.weight" else parameter.shape[1] ** -0.5, generator=generator)
 
     def matrices(self) -> dict[str, list[int]]:
         """The names of the blocks' matrices, each with the rows of the separate matrices that are stacked in it: queries, keys, values; gate, value."""

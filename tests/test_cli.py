@@ -14,16 +14,16 @@ SURFACE = {
     "train": "--arch --attention --batch-size --checkpoint-activations --compile --config --context-length --cooldown --cross-documents --deterministic "
     "--device --dropout --dtype --encoding --eval-every --field --grad-clip --init-from --learning-rate --matrix-learning-rate --micro-batch-size "
     "--minutes --n-embd --n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --open --optimizer --out "
-    "--overwrite --patience --preset --resume --rope-base --seed --steps --threads --tokenizer --track --val --val-bytes --vocab-size --warmup-steps "
+    "--overwrite --parallel --patience --preset --resume --rope-base --seed --steps --threads --tokenizer --track --val --val-bytes --vocab-size --warmup-steps "
     "--weight-decay --window",
     "plan": "--arch --attention --batch-size --checkpoint-activations --compile --context-length --cooldown --cross-documents --deterministic --device "
     "--dropout --dtype --encoding --eval-every --field --gpu --gpus-per-node --grad-clip --json --learning-rate --matrix-learning-rate "
     "--micro-batch-size --minutes --n-embd --n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --nodes "
-    "--optimizer --patience --preset --rope-base --seed --steps --text-bytes --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps "
+    "--optimizer --parallel --patience --preset --rope-base --seed --steps --text-bytes --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps "
     "--weight-decay --window",
     "bench": "--arch --attention --batch-size --checkpoint-activations --compile --context-length --cooldown --cross-documents --deterministic --device "
     "--dropout --dtype --encoding --eval-every --field --grad-clip --json --learning-rate --matrix-learning-rate --micro-batch-size --minutes --n-embd "
-    "--n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --optimizer --patience --rope-base --seed --steps "
+    "--n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --optimizer --parallel --patience --rope-base --seed --steps "
     "--threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay --window",
     "prepare": "--cross-documents --encoding --field --json --no-cross-documents --out --shard --tokenizer --val --val-bytes --vocab-size",
     "sample": "--device --dtype --encoding --json --max-tokens --min-p --n --prompt --prompt-file --seed --stop --strict --temperature --threads "

@@ -165,7 +165,7 @@ def test_memory_is_told():
 
 
 def test_what_a_container_uses_is_not_free(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine.memory, "CGROUP", tmp_path)
     for name, content in (("max", "5000000"), ("current", "4000000"), ("stat", "anon 3000000\ninactive_file 300000\nactive_file 200000\n")):
         (tmp_path / f"memory.{name}").write_text(content)
     assert machine.free_memory(CPU) == 1_500_000
