@@ -14,8 +14,8 @@ SURFACE = {
     "train": "--arch --attention --batch-size --checkpoint-activations --compile --config --context-length --cooldown --cross-documents --deterministic "
     "--device --dropout --dtype --encoding --eval-every --field --grad-clip --init-from --learning-rate --matrix-learning-rate --micro-batch-size "
     "--minutes --n-embd --n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --open --optimizer --out "
-    "--overwrite --parallel --patience --preset --resume --rope-base --seed --steps --threads --tokenizer --track --val --val-bytes --vocab-size --warmup-steps "
-    "--weight-decay --window",
+    "--overwrite --parallel --patience --preset --resume --rope-base --seed --steps --threads --tokenizer --track --val --val-bytes --vocab-size "
+    "--warmup-steps --weight-decay --window",
     "plan": "--arch --attention --batch-size --checkpoint-activations --compile --context-length --cooldown --cross-documents --deterministic --device "
     "--dropout --dtype --encoding --eval-every --field --gpu --gpus-per-node --grad-clip --json --learning-rate --matrix-learning-rate "
     "--micro-batch-size --minutes --n-embd --n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --nodes "
