@@ -5,12 +5,13 @@ Refuses: pickles, files that were cut short or changed, folders that hold someth
 
 Model file: `model.safetensors`, the weights, with one JSON object under "nanogpt" in its header: "format_version", "model" (the
 settings), "tokenizer" (a tokenizer.json), "summary" (how training went) and "sha256" (of all that and the tensors).
-Run folder: config.toml, text.json, metrics.jsonl, samples.jsonl, model.safetensors (the best by validation loss) and
+Run folder: config.toml, text.json, metrics.jsonl, samples.jsonl, report.html, model.safetensors (the best by validation loss) and
 state/STEP/ (the last: weights, optimiser, position), where state/latest names the STEP that is valid.
 """
 
 import hashlib
 import json
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ from nanogpt.optim import Optimizer
 from nanogpt.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
-RUN_FILES = {"config.toml", "text.json", "metrics.jsonl", "samples.jsonl", "ranks.jsonl", "model.safetensors", "state", ".lock"}
+RUN_FILES = {"config.toml", "text.json", "metrics.jsonl", "samples.jsonl", "ranks.jsonl", "model.safetensors", "copies.safetensors", "state", ".lock"}
+RUN_FILES |= {"report.html", "tensorboard", "wandb"}
 PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 
 
@@ -71,6 +73,20 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Parts:
     except (KeyError, TypeError, RuntimeError, ValidationError) as error:
         raise UserError(f"{file} does not hold a model that this nanogpt understands: {str(error)[:300] or error!r}.") from error
     return Parts(model.eval(), tokenizer, summary)
+
+
+def describe(path: str | Path) -> tuple[dict[str, Any], int]:
+    """The summary in a model file, or in that of a run folder, and how many parameters it holds, without reading the weights and so without checking them.
+
+    Errors: `UserError` where there is no model file or its header cannot be read.
+    """
+    file = model_file(Path(path))
+    try:
+        with safe_open(file, "pt") as opened:
+            about = json.loads((opened.metadata() or {})["nanogpt"])
+            return about["summary"], sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"The header of {file.absolute()} cannot be read: {error}.") from error
 
 
 def empty_model(config: ModelConfig, vocab_size: int, device: torch.device | str) -> GPT:

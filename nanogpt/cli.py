@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -20,13 +21,14 @@ from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 
 import nanogpt
-from nanogpt.config import Config, PlaceConfig, SamplingConfig, TextConfig, explain, flatten, is_path, preset_settings, resolve
+from nanogpt.config import Config, PlaceConfig, SamplingConfig, ServeConfig, TextConfig, explain, flatten, is_path, preset_settings, resolve
 from nanogpt.errors import Notice, UserError
 
 Settings = Annotated[Config, Parameter(name="*")]
 PlaceSettings = Annotated[PlaceConfig, Parameter(name="*", group="Machine")]
 TextSettings = Annotated[TextConfig, Parameter(name="*", group="Text")]
 SamplingSettings = Annotated[SamplingConfig, Parameter(name="*", group="Sampling")]
+ServerSettings = Annotated[ServeConfig, Parameter(name="*", group="Server")]
 Switch = Annotated[bool, Parameter(negative="")]
 Words = Annotated[str, Parameter(allow_leading_hyphen=True)]  # which may begin with a dash
 Texts = Annotated[str, Parameter(help="Files, folders, globs, - for standard input, or a built-in text: python, python-docs, shakespeare.")]
@@ -38,7 +40,8 @@ app = App(name="nanogpt", version=nanogpt.__version__, help="Train a GPT on your
 @app.command
 def train(
     *text: Texts, out: Path | None = None, config: Path | None = None, preset: str | None = None, init_from: Path | None = None,
-    resume: Switch = False, overwrite: Switch = False, settings: Settings = Config(),
+    resume: Switch = False, overwrite: Switch = False, open_page: Annotated[bool, Parameter(name="--open", negative="")] = False,
+    track: Annotated[tuple[str, ...], Parameter(negative="")] = (), settings: Settings = Config(),
 ) -> None:  # fmt: skip
     """Train a model on a text; watch it learn. Ctrl-C saves and stops.
 
@@ -56,6 +59,10 @@ def train(
         Go on with the run in the folder, exactly where it was saved; it needs no text.
     overwrite
         Replace the run in the folder.
+    open_page
+        Open a page in the browser that shows the run while it goes on, and the runs beside it.
+    track
+        Give the numbers to a tracker too: tensorboard, trackio or wandb, without account or network; may be given more than once.
     """
     begun = time.monotonic()
     from nanogpt import library, report
@@ -64,13 +71,22 @@ def train(
     if out is None and not text:
         raise UserError("Which text?", "nanogpt train TEXT, or nanogpt train --resume --out RUN.")
     run = out or Path("runs") / _run_name(text[0])
-    try:
+    with ExitStack() as stack:
+        stack.callback(terminal.close)
+
+        def tell(event: report.Event) -> None:
+            terminal(event)
+            if open_page and isinstance(event, report.Started):  # the folder is there now
+                from nanogpt.serve.beside import page_beside
+
+                stack.enter_context(page_beside(run, lambda url: terminal.console.print(f"Page     {url}/")))
+
         library.train(
-            text, run, config=config, preset=preset, init_from=init_from, resume=resume, overwrite=overwrite, begun=begun, on_event=terminal,
+            text, run, config=config, preset=preset, init_from=init_from, resume=resume, overwrite=overwrite, track=track, begun=begun, on_event=tell,
             **flatten(settings, explicit=True),
         )  # fmt: skip
-    finally:
-        terminal.close()
+    if open_page:
+        print(f"The page has ended with the training. To see it again: nanogpt serve {shlex.quote(str(run.parent))}")
 
 
 @app.command
@@ -79,7 +95,7 @@ def sample(
     n: int = 1, seed: int | None = None, strict: Switch = False,
     as_json: AsJson = False, sampling: SamplingSettings = SamplingConfig(), machine: PlaceSettings = PlaceConfig(),
 ) -> None:  # fmt: skip
-    """Let a model write; the text streams as it is made.
+    """Let a model write; the text streams as it is made. At a terminal, without a prompt, it asks for prompts, and settings can be changed between them.
 
     Parameters
     ----------
@@ -100,7 +116,8 @@ def sample(
     as_json
         One JSON object instead of text.
     """
-    from nanogpt import library, report
+    from nanogpt import library
+    from nanogpt import sample as texts
 
     if n < 1:
         raise UserError(f"--n {n} asks for no text.", "Use --n 1 or more.")
@@ -108,27 +125,15 @@ def sample(
         raise UserError("Both --prompt and --prompt-file were given.", "Leave one of them out.")
     if prompt_file is not None:
         prompt = _read_prompt(prompt_file, encoding)
-    _end_quietly_with_the_reader()
-    show = report.printable if sys.stdout.isatty() else str
     loaded = library.load(model, **machine.model_dump(exclude_unset=True))
+    if prompt is None and not as_json and sys.stdin.isatty() and sys.stdout.isatty():
+        return texts.converse(loaded, n, seed, strict, sampling)
+    _end_quietly_with_the_reader()
     first = library.new_seed() if seed is None else seed
     if seed is None and not as_json:
         print(f"--seed {first}", file=sys.stderr)
-    options = sampling.model_dump()
-    texts = []
-    for i in range(n):
-        pieces = loaded.stream(prompt, seed=first + i, strict=strict, **options)
-        if as_json:
-            texts.append({"seed": first + i, "text": "".join(pieces)})
-            continue
-        if n > 1:
-            print(f"--- {i + 1} of {n}, seed {first + i} ---")
-        print(show(prompt or ""), end="")
-        for piece in pieces:
-            print(show(piece), end="", flush=True)
-        print()
-    if as_json:
-        print(json.dumps({"prompt": prompt or "", "samples": texts}, ensure_ascii=False))
+    requests = texts.requests_for(loaded, prompt, n, first, strict, sampling)
+    (texts.print_json if as_json else texts.print_texts)(loaded, prompt or "", requests)
 
 
 @app.command(name="eval")
@@ -171,6 +176,86 @@ def evaluate(
         report.show_evaluation(result, result.baselines, result.verdict, str(model))
         if by_position:
             report.show_by_position(result.by_position)
+
+
+@app.command
+def look(
+    model: Path, file: str | None = None, /, *, text: Words | None = None, encoding: str | None = None,
+    surprise: Switch = False, attention: Switch = False, neurons: Switch = False, copies: Switch = False, layer: int | None = None, neuron: int | None = None,
+    as_json: AsJson = False, html: Path | None = None, machine: PlaceSettings = PlaceConfig(),
+) -> None:  # fmt: skip
+    """Look at a text with a model's eyes: what surprises it, where it looks, what its neurons do; and what of the text it may have by heart.
+
+    Parameters
+    ----------
+    model
+        A run folder or a model file.
+    file
+        The text to look at: a file, or - for standard input.
+    text
+        The text itself, instead of a file.
+    encoding
+        Encoding of the file.
+    surprise
+        How many bits each token costs the model; this is what is shown where nothing else is asked for.
+    attention
+        Where each head of each layer looks.
+    neurons
+        What the feed-forward neurons of a layer respond to.
+    copies
+        The passages that stand verbatim in the training text, next to what fresh text shows.
+    layer
+        Layer of the neurons, counted from 0. [default: the first]
+    neuron
+        Number of one neuron, counted from 0. [default: the one that varies most on this text]
+    as_json
+        One JSON object instead of a picture.
+    html
+        Write the picture to this HTML file too; it needs no network.
+    """
+    from rich.console import Console
+
+    from nanogpt import library, report
+    from nanogpt.files import write_text
+    from nanogpt.look import html as page
+    from nanogpt.look import terminal
+
+    asked = [name for name, yes in {"surprise": surprise, "attention": attention, "neurons": neurons, "copies": copies}.items() if yes] or ["surprise"]
+    if len(asked) > 1:
+        raise UserError(f"{', '.join(f'--{name}' for name in asked)}: these are {len(asked)} pictures.", "Ask for one at a time.")
+    if (layer is not None or neuron is not None) and not neurons:
+        raise UserError("--layer and --neuron say which neuron to look at.", "Use them with --neurons.")
+    seen = library.load(model, **machine.model_dump(exclude_unset=True)).look(_text_itself(file, text, encoding))
+    found = seen.neurons(layer or 0, neuron, n_excerpts=5) if neurons else getattr(seen, asked[0])()
+    if html is not None:
+        write_text(html, page.page(f"{asked[0].capitalize()}: {model}", getattr(page, asked[0])(found)))
+    _end_quietly_with_the_reader()
+    if as_json:
+        print(json.dumps(found.asdict(), ensure_ascii=False))
+    else:
+        console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        console.print(getattr(terminal, asked[0])(found, report.printable if sys.stdout.isatty() else str))
+
+
+@app.command
+def serve(
+    model: Path = Path("runs"), /, *, deterministic: Switch = False,
+    server: ServerSettings = ServeConfig(), machine: PlaceSettings = PlaceConfig(),
+) -> None:  # fmt: skip
+    """Serve models: a page to look at runs and to write with them, and the OpenAI-compatible API for programs.
+
+    Parameters
+    ----------
+    model
+        A run folder or a model file; or a folder of runs, whose models are loaded when they are asked for.
+    deterministic
+        Make each text the same as if its request had come alone, bit for bit, where that is slower.
+    """
+    from nanogpt.serve import run
+    from nanogpt.serve.models import Models
+
+    models = Models(model, server, machine, deterministic)
+    run(models, model, on_ready=lambda url: _show_server(url, models.names, server.api_key is not None))
 
 
 @app.command
@@ -331,7 +416,8 @@ def _dash_last(words: list[str]) -> list[str]:
     """Put a lone "-", standard input, behind "--", where cyclopts takes it for a text and not for an option."""
     settings = [(name, field) for section in Config.model_fields.values() for name, field in section.annotation.model_fields.items()]  # type: ignore[union-attr]
     yes_or_no = [name.replace("_", "-") for name, field in settings if field.annotation in (bool, bool | None)]
-    alone = {"--resume", "--overwrite", "--json", "--strict", "--by-position"} | {f"--{no}{name}" for name in yes_or_no for no in ("", "no-")}
+    alone = {"--resume", "--overwrite", "--json", "--strict", "--by-position", "--open", "--surprise", "--attention", "--neurons", "--copies"}
+    alone |= {f"--{no}{name}" for name in yes_or_no for no in ("", "no-")}
     texts = [i for i, word in enumerate(words) if word == "-" and (not words[i - 1].startswith("--") or "=" in words[i - 1] or words[i - 1] in alone)]
     if not texts or "--" in words:
         return words
@@ -347,6 +433,22 @@ def _read_prompt(name: str, encoding: str | None) -> str:
     return "".join(expand([name], encoding)[0].chunks()).removesuffix("\n").removesuffix("\r")
 
 
+def _text_itself(file: str | None, text: str | None, encoding: str | None) -> str:
+    """The text of a file, of standard input for "-", or what was given instead."""
+    from nanogpt.corpus import expand
+
+    if (file is None) == (text is None):
+        what = "Which text?" if file is None else "Both a file and --text were given."
+        raise UserError(what, 'nanogpt look MODEL FILE, nanogpt look MODEL --text "...", or nanogpt sample MODEL | nanogpt look MODEL -')
+    if file is None:
+        return text or ""
+    try:
+        sources = expand([file], encoding)
+    except UserError as error:
+        raise UserError(str(error), 'To look at these words themselves: --text "...".') from error
+    return "".join(chunk for source in sources for chunk in source.chunks())
+
+
 def _run_name(text: str) -> str:
     """What a run is called when nobody named it: as its first text, in characters that every system allows in a file name."""
     from nanogpt.corpus.formats import is_packed
@@ -354,6 +456,15 @@ def _run_name(text: str) -> str:
     path = Path("stdin" if text == "-" else text).resolve()
     name = Path(path.stem).stem if is_packed(path.name) else path.stem
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "text"
+
+
+def _show_server(url: str, names: list[str], needs_key: bool) -> None:
+    """Where the server is, and how a program asks it."""
+    body = shlex.quote(json.dumps({"model": names[0] if names else "NAME", "prompt": "Once upon", "max_tokens": 100}, ensure_ascii=False))
+    key = ' -H "Authorization: Bearer $NANOGPT_API_KEY"' if needs_key else ""
+    print(f"Page     {url}/\nAPI      {url}/v1 ({len(names)} model{'s' * (len(names) != 1)})")
+    print(f"Try it   curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d {body}")
+    print("Ctrl-C ends it, when what is under way has finished.", flush=True)
 
 
 def _end_quietly_with_the_reader() -> None:

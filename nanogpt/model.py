@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,21 +31,43 @@ EPSILON = 1e-6  # of RMSNorm, as in Qwen3
 class KVCache:
     """Keys and values of the tokens a model has read, so that the next token costs one step instead of a whole window.
 
-    Room for `context_length` tokens in each of `batch` rows is reserved at once, and taken as it fills; `length` of them are there.
+    Each row is a text of its own: `lengths` (rows,) says how many of its `context_length` places are taken. The room is reserved at once, and taken as it
+    fills. cache[a:b] is some of the rows, in the same memory.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, batch, config.n_kv_head or config.n_head, config.context_length, config.n_embd // config.n_head)
-        self.k = torch.empty(shape, device=device, dtype=dtype)  # (layers, B, K, S, D)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
+    def __init__(self, k: Tensor, v: Tensor, lengths: np.ndarray):
+        self.k, self.v, self.lengths = k, v, lengths  # (layers, B, K, S, D) each, (B,)
+
+    @classmethod
+    def empty(cls, config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype) -> "KVCache":
+        shape = (config.n_layer, rows, config.n_kv_head or config.n_head, config.context_length, config.n_embd // config.n_head)
+        zeros = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))  # what a mask hides is multiplied by 0, so it must be a number
+        return cls(*zeros, np.zeros(rows, np.int64))
+
+    def __getitem__(self, rows: slice) -> "KVCache":
+        return KVCache(self.k[:, rows], self.v[:, rows], self.lengths[rows])
+
+    def take(self, T: int) -> Tensor:
+        """Make room for T tokens behind those of each row, one where the rows differ in length; give their positions (B, T), or (1, T) for all rows."""
+        starts = torch.from_numpy(self.lengths.copy())
+        self.lengths += T  # in place: the rows may be some of a larger cache
+        self.end, self.level = int(self.lengths.max()), bool((self.lengths == self.lengths[0]).all())
+        assert T == 1 or self.level, "several tokens for rows of unequal lengths"
+        assert self.end <= self.k.shape[3], "more tokens than the context holds"
+        positions = (starts[:1] if self.level else starts)[:, None] + torch.arange(T)
+        self.places = positions[:, 0].to(self.k.device, non_blocking=True)
+        self.every = torch.arange(len(starts), device=self.k.device)
+        return positions.to(self.k.device, non_blocking=True)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the (B, K, T, D) of new tokens behind the others; give all (B, K, length + T, D) of the layer."""
-        end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        """Put the (B, K, T, D) of new tokens where `take` made room; give those of the layer, (B, K, S, D), up to the last place that any row has taken."""
+        kept = self.k[layer], self.v[layer]
+        for room, new in zip(kept, (k, v), strict=True):
+            if self.level:
+                room[:, :, self.end - new.shape[2] : self.end] = new
+            else:
+                room[self.every, :, self.places] = new[:, :, 0]
+        return kept[0][:, :, : self.end], kept[1][:, :, : self.end]
 
 
 def dropout(x: Tensor, rate: float, key: Tensor | None) -> Tensor:
@@ -102,29 +125,42 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C). `turn` is that of `turns`, for modern; `mask` that of `causal_mask`, None where none is needed; key (B,) for dropout;
         with a cache, the T tokens also attend to what it holds."""
         B, T, C = x.shape
+        q, k, v = self.heads(x, turn)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # (B, K, S, D)
+        k, v = self.share(k), self.share(v)  # (B, H, S, D)
+        at_once = T <= QUERIES or self.is_causal(T, k.shape[2], key)
+        y = self.attend(q, k, v, mask, key) if at_once else self.attend_by_blocks(q, k, v, key)  # (B, H, T, D)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+    def heads(self, x: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C) -> queries (B, H, T, D), keys and values (B, K, T, D), normalised and turned where the shape is modern."""
+        B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2K, T, D)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
         if turn is not None:
             q, k = (rotate(norm(part.float()), turn).type_as(v) for part, norm in ((q, self.q_norm), (k, self.k_norm)))
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # (B, K, S, D)
-        if self.n_kv_head < self.n_head:
-            k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))  # (B, H, S, D)
-        at_once = T <= QUERIES or self.is_causal(T, k.shape[2], key)
-        y = self.attend(q, k, v, mask, key) if at_once else self.attend_by_blocks(q, k, v, key)  # (B, H, T, D)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return q, k, v
+
+    def share(self, part: Tensor) -> Tensor:
+        """Keys or values (B, K, S, D), each repeated for the queries that it serves: (B, H, S, D)."""
+        return part if self.n_kv_head == self.n_head else part.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
 
     def is_causal(self, T: int, S: int, key: Tensor | None) -> bool:
         """Whether T queries and S keys need no mask: a kernel knows which come before which, or all do."""
         return self.window is None and (T == 1 or (self.is_fused(key) and T == S))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key: Tensor | None) -> Tensor:
-        """q (B, H, T, D), k and v (B, H, S, D), mask (T, S) or None -> (B, H, T, D)."""
+        """q (B, H, T, D), k and v (B, H, S, D), mask (T, S), or with B or 1 of them in (B, 1, T, S), or None -> (B, H, T, D)."""
         if self.is_fused(key):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), is_causal=mask is None and q.shape[2] > 1)
-        scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3)  # (B, H, T, S)
+        return dropout(self.weights(q, k, mask), self.dropout, key) @ v
+
+    def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        """How much of each of S tokens each of T queries takes, (B, H, T, S): rows sum to one."""
+        scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3)
         seen = scores if mask is None else scores.float() + mask
-        return dropout(seen.softmax(dim=3).type_as(scores), self.dropout, key) @ v
+        return seen.softmax(dim=3).type_as(scores)
 
     def attend_by_blocks(self, q: Tensor, k: Tensor, v: Tensor, key: Tensor | None) -> Tensor:
         """The same for many queries, which are the last of the S tokens, some at a time: with all keys, or with a window, with those that one of them can see.
@@ -133,8 +169,9 @@ class Attention(nn.Module):
         of them stays but in one tensor: else the allocator of a CPU leaves holes between what stays that are too small for the next block.
         """
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, behind: int, key: Tensor | None) -> Tensor:
-            return self.attend(q, k, v, causal_mask(q.shape[2], k.shape[2], q.device, self.window, behind), key)
+        def attend(q: Tensor, k: Tensor, v: Tensor, first: int, key: Tensor | None) -> Tensor:
+            positions = torch.arange(first, first + q.shape[2], device=q.device)
+            return self.attend(q, k, v, causal_mask(positions, k.shape[2], self.window), key)
 
         y, T, S = torch.empty_like(q), q.shape[2], k.shape[2]
         rows = QUERIES if self.window is not None else max(1, QUERIES**2 // S)
@@ -144,7 +181,7 @@ class Attention(nn.Module):
             block = q[:, :, begin : begin + rows]  # (B, H, rows, D)
             end = S - T + begin + block.shape[2]
             first, last = (0, S) if self.window is None else (max(0, end - block.shape[2] - self.window + 1), end)
-            inputs = block, k[:, :, first:last], v[:, :, first:last], last - end, own
+            inputs = block, k[:, :, first:last], v[:, :, first:last], end - block.shape[2] - first, own
             y[:, :, begin : begin + rows] = made_again(attend, *inputs)
         return y
 
@@ -156,18 +193,18 @@ def made_again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def causal_mask(T: int, S: int, device: torch.device, window: int | None = None, behind: int = 0) -> Tensor:
-    """(T, S), to be added to scores: T tokens, which stand before the last `behind` of S, each see themselves (0) and what came before, or its last
-    `window` - 1, and nothing else (-inf)."""
-    last = S - T - behind  # that the first token sees
-    mask = torch.full((T, S), -math.inf, device=device).triu(last + 1)
-    return mask if window is None else mask + torch.full((T, S), -math.inf, device=device).tril(last - window)
+def causal_mask(positions: Tensor, S: int, window: int | None = None) -> Tensor:
+    """(..., T, S), to be added to scores: tokens at positions (..., T) each see themselves (0) and what came before, or its last `window` - 1, and
+    nothing else (-inf)."""
+    back = positions.unsqueeze(-1) - torch.arange(S, device=positions.device)  # (..., T, S)
+    hidden = back < 0 if window is None else (back < 0) | (back >= window)
+    return torch.zeros(hidden.shape, device=positions.device).masked_fill_(hidden, -math.inf)
 
 
 def turns(positions: Tensor, head_dim: int, base: float) -> Tensor:
-    """Cosines and sines (2, T, D / 2) by which each position turns each pair of channels (Su et al. 2021, section 3.4.2)."""
+    """Cosines and sines (2, ..., T, D / 2) by which each position (..., T) turns each pair of channels (Su et al. 2021, section 3.4.2)."""
     pairs = torch.arange(0, head_dim, 2, device=positions.device)
-    angles = positions[:, None] * base ** (-pairs / head_dim)  # (T, D / 2)
+    angles = positions.unsqueeze(-1) * base ** (-pairs / head_dim)  # (..., T, D / 2)
     return torch.stack([angles.cos(), angles.sin()])
 
 
@@ -307,23 +344,21 @@ class GPT(nn.Module):
 
     def trunk(self, idx: Tensor, keys: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """idx (B, T) -> the stream after the last normalisation, (B, T, C). With a cache, idx continues what it holds."""
-        start, T = cache.length if cache is not None else 0, idx.shape[1]
-        assert start + T <= self.config.context_length, "more tokens than the context holds"
-        positions = torch.arange(start, start + T, device=idx.device)
-        attentions = [part for part in self.modules() if isinstance(part, Attention)]
-        needs_mask = T <= QUERIES and not all(part.is_causal(T, start + T, keys) for part in attentions)
-        mask = causal_mask(T, start + T, idx.device, attentions[0].window) if needs_mask else None
+        T, attn = idx.shape[1], self.blocks[0].attn
+        assert cache is not None or self.config.context_length >= T, "more tokens than the context holds"
+        positions = torch.arange(T, device=idx.device).unsqueeze(0) if cache is None else cache.take(T)  # (B, T), or (1, T) for all rows
+        S = T if cache is None else cache.end
+        is_causal = len(positions) == 1 and attn.is_causal(T, S, keys)
+        mask = causal_mask(positions, S, attn.window).unsqueeze(1) if T <= QUERIES and not is_causal else None  # (B or 1, 1, T, S)
         on_embedding, *places = [None] * (len(self.blocks) + 1) if keys is None else dropout_keys(keys, len(self.blocks) + 1)  # of (3, B) each
         x, turn = self.wte(idx), None  # (B, T, C)
         if self.config.arch == "classic":
             x = dropout(x + self.wpe(positions), self.config.dropout, None if on_embedding is None else on_embedding[0])
         else:
-            x, turn = F.rms_norm(x, x.shape[2:], eps=EPSILON), turns(positions, self.config.n_embd // self.config.n_head, self.config.rope_base)
+            x, turn = F.rms_norm(x, x.shape[2:], eps=EPSILON), turns(positions.unsqueeze(1), self.config.n_embd // self.config.n_head, self.config.rope_base)
         for block, place in zip(self.blocks, places, strict=True):
             inputs = x, turn, mask, place, cache
             x = made_again(block, *inputs) if self.checkpoints else block(*inputs)
-        if cache is not None:
-            cache.length += T
         return self.ln_f(x)
 
     def logits(self, x: Tensor) -> Tensor:

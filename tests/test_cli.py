@@ -13,9 +13,9 @@ from nanogpt import cli
 SURFACE = {
     "train": "--arch --attention --batch-size --checkpoint-activations --compile --config --context-length --cooldown --cross-documents --deterministic "
     "--device --dropout --dtype --encoding --eval-every --field --grad-clip --init-from --learning-rate --matrix-learning-rate --micro-batch-size "
-    "--minutes --n-embd --n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --optimizer --out --overwrite "
-    "--parallel --patience --preset --resume --rope-base --seed --steps --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay "
-    "--window",
+    "--minutes --n-embd --n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --open --optimizer --out "
+    "--overwrite --parallel --patience --preset --resume --rope-base --seed --steps --threads --tokenizer --track --val --val-bytes --vocab-size "
+    "--warmup-steps --weight-decay --window",
     "plan": "--arch --attention --batch-size --checkpoint-activations --compile --context-length --cooldown --cross-documents --deterministic --device "
     "--dropout --dtype --encoding --eval-every --field --gpu --gpus-per-node --grad-clip --json --learning-rate --matrix-learning-rate "
     "--micro-batch-size --minutes --n-embd --n-head --n-kv-head --n-layer --network --no-checkpoint-activations --no-compile --no-cross-documents "
@@ -30,6 +30,8 @@ SURFACE = {
     "--top-k --top-p",
     "eval": "--by-position --context-length --device --dtype --encoding --field --json --threads",
     "compare": "--json --plot",
+    "look": "--attention --copies --device --dtype --encoding --html --json --layer --neuron --neurons --surprise --text --threads",
+    "serve": "--api-key --deterministic --device --dtype --host --port --queue --rows --seconds --threads",
 }
 SMALL = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | {"steps": 4, "eval_every": 2, "dropout": 0}).items()]
 

@@ -22,9 +22,13 @@ from nanogpt.data import Tokens
 from nanogpt.errors import Notice, UserError
 from nanogpt.evaluate import Loss, PositionLoss, Size, Verdict, evaluate, loss_by_position, ngram_losses
 from nanogpt.library.text import text_of
+from nanogpt.look import Look
+from nanogpt.look.copies import Index, open_index
 from nanogpt.prepare import Prepared, is_prepared
 from nanogpt.sizes import token_dtype
 from nanogpt.tokenizer import Tokenizer
+
+ROWS = 64  # texts that are written side by side
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Model:
         """`as_asked`: the precision was asked for, and so is that of writing too."""
         self._model, self._machine, self._path, self._text = parts.model, place, path, prepared
         self._writer = place if as_asked else place.for_single_rows()
+        self._index: Index | None = None
+        self._decoders: dict[int, generate.Decoder] = {}  # that nobody uses, by their rows
         self.tokenizer: Tokenizer = parts.tokenizer
         self.summary: dict[str, Any] = parts.summary
 
@@ -56,6 +62,11 @@ class Model:
         `sampling` takes the fields of `SamplingConfig`. Same seed, same text; without a seed, another text each time.
         Errors: `UserError` for a wrong setting and, with `strict`, for characters the model never saw (else it warns).
         """
+        request = self.request(prompt, seed=seed, strict=strict, **sampling)
+        return (piece.text for _, piece in self.write([request]) if piece.text)
+
+    def request(self, prompt: str | None = None, *, seed: int | None = None, strict: bool = False, n_top: int = 0, **sampling: Any) -> generate.Request:
+        """What `write` and an engine take: the same as for `stream`, and how many alternatives to name beside each token."""
         if isinstance(sampling.get("stop"), str):
             sampling["stop"] = (sampling["stop"],)
         settings = resolve_sampling(sampling)
@@ -64,8 +75,26 @@ class Model:
         if not 0 <= seed < 2**63:
             raise UserError(f"The seed {seed} is out of range.", "Use a whole number from 0 to 9223372036854775807.")
         ids = generate.encode_prompt(self.tokenizer, prompt, unused, self._model.config.context_length, strict)
-        drawn = generate.tokens(self._model, ids, settings, seed, self._writer, unused)
-        return generate.text(self.tokenizer, drawn, settings.stop)
+        return generate.Request(ids, settings, seed, n_top)
+
+    def write(self, requests: Sequence[generate.Request]) -> Iterator[tuple[int, generate.Piece]]:
+        """The pieces of several texts as they are made, side by side, each with the number of its request."""
+        rows = min(len(requests), ROWS)
+        decoder = self._decoders.pop(rows, None) or self._decoder(rows)
+        engine = generate.Engine(decoder, self.tokenizer, self.summary["unused"])
+        number = {engine.add(request): i for i, request in enumerate(requests)}
+        try:
+            while engine.busy:
+                yield from ((number[piece.of], piece) for piece in engine.step())
+        finally:
+            self._decoders[rows] = decoder
+
+    def engine(self, rows: int, deterministic: bool = False) -> generate.Engine:
+        """An engine for up to `rows` texts at a time, which join and leave as they come; `deterministic`, each is bit for bit what it would be alone."""
+        return generate.Engine(self._decoder(rows, deterministic), self.tokenizer, self.summary["unused"])
+
+    def _decoder(self, rows: int, deterministic: bool = False) -> generate.Decoder:
+        return generate.TorchDecoder(self._model, self._writer, rows, deterministic)
 
     def evaluate(
         self, *text: str | os.PathLike[str], context_length: int | None = None, encoding: str | None = None, field: str | None = None, by_position: bool = False
@@ -114,6 +143,31 @@ class Model:
             raise UserError(f"logits takes rows of one length, 1 to {context}, of token ids below {vocab_size}; the rows have lengths {sorted(lengths)}.")
         with self._machine.autocast():
             return self._model(torch.tensor(ids, device=self._machine.device)).float().cpu().numpy()
+
+    def look(self, text: str) -> Look:
+        """What happens inside the model while it reads a text, and what of it stands in the training text: see `look.Look`, whose methods give plain data."""
+        start = generate.encode_prompt(self.tokenizer, None, self.summary["unused"], self._model.config.context_length)[0]
+        return Look(text, self._model, self.tokenizer, self._machine, start, self.summary["unused"], self._copies_index, lambda: self._training_text().val)
+
+    def _copies_index(self) -> Index:
+        """The index of the training text, which is opened once, and lies in the run folder."""
+        if self._index is None:
+            prepared = self._training_text()
+            path = self._run / "copies.safetensors" if (self._run / "text.json").is_file() else None
+            self._index = open_index(path, prepared.train, prepared.val, self.tokenizer)
+        return self._index
+
+    def _training_text(self) -> Prepared:
+        """The text the model was trained on. Errors: `UserError` where it is gone, or another by now."""
+        try:
+            if self._text is None:
+                self._text = self._find_text()
+        except UserError as error:
+            raise UserError(f"The text that the model was trained on is gone: {error}") from error
+        if self._text is None:
+            what = f"The text that the model was trained on is not at hand: {self._path} is not in its run folder, or the folder is another run's."
+            raise UserError(what, "Give it the run folder that the training made.")
+        return self._text
 
     @property
     def _run(self) -> Path:

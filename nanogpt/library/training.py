@@ -29,7 +29,7 @@ from nanogpt.library.text import SAME_TEXT
 from nanogpt.plan import flops_per_token
 from nanogpt.prepare import Prepared, open_prepared, prepare
 from nanogpt.recipe import Choice
-from nanogpt.report import Event, Interrupted, RunLog, Started, Stopping
+from nanogpt.report import Event, Interrupted, RunLog, Started, Stopping, Trackers, write_report
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.trainer import Position, Trainer, build, fitted
 
@@ -43,6 +43,7 @@ def train(
     overwrite: bool = False,
     preset: str | None = None,
     init_from: str | os.PathLike[str] | None = None,
+    track: str | Sequence[str] = (),
     begun: float | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     **settings: Any,
@@ -52,6 +53,7 @@ def train(
     `out` is the run folder; without one nothing is kept but the model. `settings` are those of the command line, with underscores; they
     override those in the TOML file `config`, and those the `preset`. With `resume` a run goes on from its last state, and then needs no text.
     `init_from`, a run folder or a model file, is an earlier model that the run begins from: its shape and tokenizer stay, its context may change.
+    `track` names trackers that get the numbers too: tensorboard, trackio, wandb, offline unless WANDB_MODE says otherwise.
     Where neither `minutes` nor `steps`, `preset` or `config` is given, the run takes five minutes; the minutes begin at `begun` (by `time.monotonic`), or now.
     Errors: `UserError`, see its message. Ctrl-C and SIGTERM save to `out` before they raise `KeyboardInterrupt` and `SystemExit`.
     """
@@ -61,6 +63,9 @@ def train(
         raise UserError("There is no run to go on with.", "Name its folder: --out RUN, in Python out=RUN.")
     if resume and overwrite:
         raise UserError("A run cannot be resumed and overwritten at once.", "Leave out --resume or --overwrite.")
+    trackers = Trackers([track] if isinstance(track, str) else track)
+    if track and out is None:
+        raise UserError("A run that is tracked needs a folder.", "Name one, in Python out=RUN.")
     wanted = chosen_settings(settings, config, preset, resuming=True)
     ranks = machine.join(str(wanted.get("device", "auto")))
     with ExitStack() as stack:
@@ -113,11 +118,15 @@ def train(
         tell = on_event if first else lambda event: None
         asked = stack.enter_context(_stop_signals(tell, once=ranks.launch == "")) if out is not None else []
         trainer = Trainer(model, optimizer, prepared, settled.training, place, run, position, lambda: bool(asked), begun, ranks)
+        stack.callback(trackers.finish)
         log, event = RunLog(run), None
         for event in _events(trainer, settled, first):
             if first:
                 log(event)
+                trackers(event)
                 on_event(event)
+        if first and out is not None:
+            write_report(run)
         if isinstance(event, Interrupted):
             number = asked[0] if asked else signal.SIGTERM  # another process was asked
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)

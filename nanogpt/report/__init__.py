@@ -15,8 +15,10 @@ from nanogpt.report.events import (
     Stepped,
     Stopping,
 )
-from nanogpt.report.log import RunLog
+from nanogpt.report.html import write_report
+from nanogpt.report.log import RunLog, read_records
 from nanogpt.report.terminal import Terminal, loss_table, printable, show_by_position, show_evaluation, show_speed
+from nanogpt.report.trackers import Trackers
 
 __all__ = [
     "Began",
@@ -33,10 +35,13 @@ __all__ = [
     "Stepped",
     "Stopping",
     "Terminal",
+    "Trackers",
     "duration",
     "loss_table",
     "printable",
+    "read_records",
     "show_by_position",
     "show_evaluation",
     "show_speed",
+    "write_report",
 ]

@@ -7,13 +7,14 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from nanogpt.files import disk_full, is_full, write_text
 from nanogpt.report.events import Began, Evaluated, Event, Sampled, Saving, Started, Stepped
 
 
 class RunLog:
-    """Writes metrics.jsonl (steps and evaluations) and samples.jsonl: the record that outlives the terminal."""
+    """Writes metrics.jsonl (steps and evaluations) and samples.jsonl."""
 
     def __init__(self, run: Path):
         self.metrics, self.samples = run / "metrics.jsonl", run / "samples.jsonl"
@@ -50,3 +51,26 @@ def _cut(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             break
     write_text(path, "".join(kept))
+
+
+def read_records(path: Path, most_steps: int | None = None) -> list[dict[str, Any]]:
+    """What metrics.jsonl or samples.jsonl tells, line by line, up to what a dying machine left unreadable.
+
+    Of more than `most_steps` training steps only so many are read, spread evenly and with the last among them, so that it takes no longer for a long run.
+    Errors: `OSError` where there is no such file.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    steps = [i for i, line in enumerate(lines) if '"tokens_per_second"' in line] if most_steps else []
+    if most_steps and len(steps) > most_steps:
+        left_out = set(steps) - {steps[(k + 1) * len(steps) // most_steps - 1] for k in range(most_steps)}
+        lines = [line for i, line in enumerate(lines) if i not in left_out]
+    found = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(record, dict):
+            break
+        found.append(record)
+    return found

@@ -142,6 +142,7 @@ class Terminal:
         self.console.print(loss_table(event.loss, event.baselines, f"this model (step {event.best_step:,})", before))
         self.console.print(f"\n{event.verdict.sentence}\n")
         self.console.print(f"{event.step:,} steps in {duration(event.seconds)}. Let it write: nanogpt sample {shlex.quote(self.run)}")
+        self.console.print(f"The run on one page, with its curves: {os.path.join(self.run, 'report.html')}")
 
     def close(self) -> None:
         """Give the terminal back, whatever happened."""
