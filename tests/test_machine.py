@@ -104,6 +104,8 @@ def test_a_step_that_only_fits_compiled_still_trains(place):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
     machine.note_compiling(place, SHAPE, 4, 25.0, gain)
+    assert machine.compiled_before(place, SHAPE, 4).exists()
+    assert "compiled gain" not in (cache_dir() / "machine.json").read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("linux")
