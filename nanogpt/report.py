@@ -84,6 +84,16 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Paced:
+    """How many processes keep step: the seconds of a step, by rank, in which each computed without waiting for others, as means since the last evaluation; and
+    once in a run, what share of forward and backward it takes to add up the gradients."""
+
+    step: int
+    seconds: list[float]
+    exchange: float | None
+
+
+@dataclass(frozen=True)
 class Sampled:
     """Text that the model wrote after `step`."""
 
@@ -131,7 +141,7 @@ class Finished:
     before_tokens: int = 0  # over so many tokens of the split
 
 
-Event = Started | Began | Stepped | Evaluated | Sampled | Saving | Saved | Stopping | Interrupted | Finished
+Event = Started | Began | Stepped | Evaluated | Paced | Sampled | Saving | Saved | Stopping | Interrupted | Finished
 
 
 @dataclass(frozen=True)
@@ -155,26 +165,28 @@ class Speed:
 
 
 class RunLog:
-    """Writes metrics.jsonl (steps and evaluations) and samples.jsonl: the record that outlives the terminal."""
+    """Writes metrics.jsonl (steps and evaluations), samples.jsonl, and ranks.jsonl where there are many processes: the record that outlives the terminal."""
 
     def __init__(self, run: Path):
-        self.metrics, self.samples = run / "metrics.jsonl", run / "samples.jsonl"
+        self.metrics, self.samples, self.ranks = run / "metrics.jsonl", run / "samples.jsonl", run / "ranks.jsonl"
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Started):
-            for path in (self.metrics, self.samples):
+            for path in (self.metrics, self.samples, *filter(Path.exists, [self.ranks])):
                 _cut(path, event.step)
         elif isinstance(event, Began | Stepped | Evaluated):
             _append(self.metrics, event)
         elif isinstance(event, Sampled):
             _append(self.samples, event)
+        elif isinstance(event, Paced):
+            _append(self.ranks, event)
         elif isinstance(event, Saving):
             for path in (self.metrics, self.samples):
                 with path.open("a") as file:
                     os.fsync(file.fileno())
 
 
-def _append(path: Path, event: Began | Stepped | Evaluated | Sampled) -> None:
+def _append(path: Path, event: Began | Stepped | Evaluated | Paced | Sampled) -> None:
     try:
         with path.open("a", encoding="utf-8", newline="") as file:
             file.write(json.dumps(asdict(event), ensure_ascii=False) + "\n")
@@ -227,6 +239,8 @@ class Terminal:
             case Evaluated():
                 self.val_loss, self.val_bits = event.val_loss, event.bits_per_byte
                 self.line(event.step, self.train_loss, "  best so far" if event.best else "")
+            case Paced() if event.exchange is not None:
+                self.console.print(f"Adding up the gradients of {len(event.seconds)} processes takes {event.exchange:.0%} of forward and backward.")
             case Sampled():
                 self.console.print(printable(event.text) + "\n", style="dim")
             case Interrupted():

@@ -169,8 +169,9 @@ class Ranks:
                 f"Rank {self.rank} of {self.size} ({self.backend}) has lost the others: one of them ended, and says why in its own output ({lines[0][:200]}).",
                 f"Go on from the last save: {command(self.size, resume=True)}",
             ) from error
-        if self.size > 1:
-            dist.destroy_process_group()
+        finally:
+            if self.size > 1:
+                dist.destroy_process_group()
 
     def __str__(self) -> str:
         return f"ranks 0 to {self.size - 1}, {self.backend}" if self.size > 1 else "one process"
