@@ -180,9 +180,7 @@ class Model:
     def look(self, text: str) -> Look:
         """What happens inside the model while it reads a text, and what of it stands in the training text: see `look.Look`, whose methods give plain data."""
         start = generate.encode_prompt(self.tokenizer, None, self.summary["unused"], self._model.config.context_length)[0]
-        return Look(
-            text, self._model, self.tokenizer, self._machine, start, self.summary["unused"], self._copies_index, lambda: self._training_text().val
-        )
+        return Look(text, self._model, self.tokenizer, self._machine, start, self.summary["unused"], self._copies_index, lambda: self._training_text().val)
 
     def _copies_index(self) -> Index:
         """The index of the training text, which is opened once, and lies in the run folder."""
