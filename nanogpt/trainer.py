@@ -6,6 +6,7 @@ Refuses: to go on after a loss that is not a number, or without memory.
 """
 
 import math
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from nanogpt.model import GPT
 from nanogpt.optim import Optimizer, schedule
 from nanogpt.plan import PRECISION, fit
 from nanogpt.prepare import Prepared
-from nanogpt.report import Began, Evaluated, Event, Finished, Interrupted, Sampled, Saved, Saving, Stepped
+from nanogpt.report import Began, Evaluated, Event, Finished, Interrupted, Paced, Sampled, Saved, Saving, Stepped
 
 SAVE_SECONDS = 300.0  # at most so long between two saves, also where evaluations are further apart
 LONGEST_WARMUP = 0.1  # of the run: a shorter run than the settings had in mind is not to end before its rate has risen
@@ -35,6 +36,7 @@ ROOM = 1.4  # what a run by the clock keeps for its end, as a multiple of what t
 LEAVING, COMPILER_LEAVING = 0.9, 1.1  # and seconds for a process to begin and to end; more where the compiler's helpers have to end too
 SAMPLE = SamplingConfig(max_tokens=200)
 EVALUATION_SHARE, EVALUATIONS_SHARE = 0.02, 0.04  # of the run's arithmetic may go into one evaluation, and into all,
+STRAGGLING = 1.5  # times the usual time of a process for its part of a step: it holds up all others
 FEWEST_TOKENS = 8192  # except that fewer tokens tell nothing
 
 
@@ -149,6 +151,8 @@ class Trainer:
             due = over or position.step % settings.eval_every == 0
             if due:
                 yield self.evaluate()
+                if self.ranks.size > 1:
+                    yield self.pace()
                 yield self.sample()
             stop, late = self.ranks.any(self.asked_to_stop(), time.monotonic() - self.saved_at > SAVE_SECONDS)
             done = over or self.out_of_patience()
@@ -340,15 +344,30 @@ class Trainer:
         position.seconds = self.elapsed()
         return Evaluated(point.step, point.train_loss, loss.val_loss, loss.bits_per_byte, loss.tokens, best, position.seconds)
 
+    def pace(self) -> Paced:
+        """See how fast each process is on its own, and warn of one that all others wait for; and once, how much of a step they talk."""
+        seconds = self.ranks.of_all(self.busy / self.busy_steps)
+        self.busy, self.busy_steps = 0.0, 0
+        usual = statistics.median(seconds)
+        slow = [f"rank {rank} ({own / usual:.1f} times the usual)" for rank, own in enumerate(seconds) if own > STRAGGLING * usual]
+        if slow and self.ranks.is_first:
+            what = f"Slower than the others, which wait for it at every step: {', '.join(slow)}. Their times are in {self.run / 'ranks.jsonl'}."
+            warnings.warn(what, Notice, stacklevel=2)
+        exchange = None
+        if len(self.position.history) == 1:
+            alone, with_others = self.try_step(alone=True), self.try_step()
+            exchange = max(0.0, 1 - alone / with_others)
+        return Paced(self.position.step, seconds, exchange)
+
     def measure_first(self) -> Began:
         """The validation loss before the first step, on the tokens of the evaluations to come."""
         loss = self.validation_loss(self.position.val_tokens)
         self.position.before, self.position.before_tokens, self.position.seconds = loss.val_loss, loss.tokens, self.elapsed()
         return Began(0, loss.val_loss, loss.bits_per_byte, loss.tokens, self.position.seconds)
 
-    def sample(self, count: int = SAMPLE.max_tokens) -> Sampled:
+    def sample(self, count: int | None = None) -> Sampled:
         """A few words of the model as it is now, always from the same random numbers."""
-        unused, settings = self.text.about["unused"], SAMPLE.model_copy(update={"max_tokens": count})
+        unused, settings = self.text.about["unused"], SAMPLE.model_copy(update={} if count is None else {"max_tokens": count})
         prompt = generate.encode_prompt(self.text.tokenizer, None, unused, self.model.config.context_length)
         with machine.eager():
             engine = generate.Engine(generate.TorchDecoder(self.model, self.machine.for_single_rows()), self.text.tokenizer, unused)

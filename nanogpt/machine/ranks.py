@@ -9,8 +9,10 @@ Numbers and settings travel as tensors and JSON in the memory of the processors,
 import json
 import os
 import re
+import secrets
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,8 +171,9 @@ class Ranks:
                 f"Rank {self.rank} of {self.size} ({self.backend}) has lost the others: one of them ended, and says why in its own output ({lines[0][:200]}).",
                 f"Go on from the last save: {command(self.size, resume=True)}",
             ) from error
-        if self.size > 1:
-            dist.destroy_process_group()
+        finally:
+            if self.size > 1:
+                dist.destroy_process_group()
 
     def __str__(self) -> str:
         return f"ranks 0 to {self.size - 1}, {self.backend}" if self.size > 1 else "one process"
@@ -205,6 +208,7 @@ def _meet(ranks: Ranks, where: str, gpus: bool) -> None:
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        store = dist.PrefixStore(_attempt(store, rank, size), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=WAIT_HOURS))
     except (RuntimeError, ValueError) as error:
         why = str(error).strip().split("\n")[0][:200]
@@ -216,6 +220,27 @@ def _meet(ranks: Ranks, where: str, gpus: bool) -> None:
             f"Rank {ranks.rank} of {ranks.size} ({ranks.backend}) did not reach the others at {where} ({why}).",
             f"Name an address of the first machine that all can reach, and a free port: {launch} --rdzv-endpoint HOST:PORT {_program()}",
         ) from error
+
+
+def _attempt(store: dist.Store, rank: int, size: int) -> str:
+    """A name for this meeting that no earlier one had: torchrun keeps its store when it begins processes again, with the addresses of those that are dead, and
+    machines that come and go need not agree on how often that was. So each process asks with a new word, and the first answers all with one."""
+    word = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f"asking/{rank}", word)
+        store.wait([f"answer/{word}"], timedelta(seconds=JOIN_SECONDS))
+        name = store.get(f"answer/{word}").decode()
+        store.set(f"{name}/{rank}", "here")
+        return name
+    deadline = time.monotonic() + JOIN_SECONDS
+    while missing := [other for other in range(1, size) if not store.check([f"{word}/{other}"])]:
+        for other in missing:
+            if store.check([f"asking/{other}"]):
+                store.set(f"answer/{store.get(f'asking/{other}').decode()}", word)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no sign of {_ranks(missing)} in {JOIN_SECONDS:.0f} s")
+        time.sleep(0.01)
+    return word
 
 
 def command(processes: int, port: int | None = None, **settings: Any) -> str:

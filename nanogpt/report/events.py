@@ -66,6 +66,16 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Paced:
+    """How many processes keep step: the seconds of a step, by rank, in which each computed without waiting for others, as means since the last evaluation; and
+    once in a run, what share of forward and backward it takes to add up the gradients."""
+
+    step: int
+    seconds: list[float]
+    exchange: float | None
+
+
+@dataclass(frozen=True)
 class Sampled:
     """Text that the model wrote after `step`."""
 
@@ -113,7 +123,7 @@ class Finished:
     before_tokens: int = 0  # over so many tokens of the split
 
 
-Event = Started | Began | Stepped | Evaluated | Sampled | Saving | Saved | Stopping | Interrupted | Finished
+Event = Started | Began | Stepped | Evaluated | Paced | Sampled | Saving | Saved | Stopping | Interrupted | Finished
 
 
 @dataclass(frozen=True)

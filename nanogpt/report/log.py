@@ -10,30 +10,32 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.files import disk_full, is_full, write_text
-from nanogpt.report.events import Began, Evaluated, Event, Sampled, Saving, Started, Stepped
+from nanogpt.report.events import Began, Evaluated, Event, Paced, Sampled, Saving, Started, Stepped
 
 
 class RunLog:
-    """Writes metrics.jsonl (steps and evaluations) and samples.jsonl."""
+    """Writes metrics.jsonl (steps and evaluations), samples.jsonl, and ranks.jsonl where there are many processes."""
 
     def __init__(self, run: Path):
-        self.metrics, self.samples = run / "metrics.jsonl", run / "samples.jsonl"
+        self.metrics, self.samples, self.ranks = run / "metrics.jsonl", run / "samples.jsonl", run / "ranks.jsonl"
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Started):
-            for path in (self.metrics, self.samples):
+            for path in (self.metrics, self.samples, *filter(Path.exists, [self.ranks])):
                 _cut(path, event.step)
         elif isinstance(event, Began | Stepped | Evaluated):
             _append(self.metrics, event)
         elif isinstance(event, Sampled):
             _append(self.samples, event)
+        elif isinstance(event, Paced):
+            _append(self.ranks, event)
         elif isinstance(event, Saving):
             for path in (self.metrics, self.samples):
                 with path.open("a") as file:
                     os.fsync(file.fileno())
 
 
-def _append(path: Path, event: Began | Stepped | Evaluated | Sampled) -> None:
+def _append(path: Path, event: Began | Stepped | Evaluated | Paced | Sampled) -> None:
     try:
         with path.open("a", encoding="utf-8", newline="") as file:
             file.write(json.dumps(asdict(event), ensure_ascii=False) + "\n")

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from nanogpt.evaluate import Loss, PositionLoss, Verdict
 from nanogpt.plan import SHARE, Plan, rounded
-from nanogpt.report.events import Began, Evaluated, Event, Finished, Interrupted, Sampled, Speed, Started, Stepped, Stopping
+from nanogpt.report.events import Began, Evaluated, Event, Finished, Interrupted, Paced, Sampled, Speed, Started, Stepped, Stopping
 
 QUIET_SECONDS = 10.0  # without a terminal, at most this long between two lines
 
@@ -57,6 +57,8 @@ class Terminal:
             case Evaluated():
                 self.val_loss, self.val_bits = event.val_loss, event.bits_per_byte
                 self.line(event.step, self.train_loss, "  best so far" if event.best else "")
+            case Paced() if event.exchange is not None:
+                self.console.print(f"Adding up the gradients of {len(event.seconds)} processes takes {event.exchange:.0%} of forward and backward.")
             case Sampled():
                 self.console.print(printable(event.text) + "\n", style="dim")
             case Interrupted():
