@@ -30,6 +30,7 @@ SURFACE = {
     "--top-k --top-p",
     "eval": "--by-position --context-length --device --dtype --encoding --field --json --threads",
     "compare": "--json --plot",
+    "look": "--attention --copies --device --dtype --encoding --html --json --layer --neuron --neurons --surprise --text --threads",
 }
 SMALL = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | {"steps": 4, "eval_every": 2, "dropout": 0}).items()]
 

@@ -322,9 +322,9 @@ def _matches(index: Index, text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
     if len(follows):
         follows[0] = False
     last = np.append(~follows[1:], True)[: len(follows)]
-    starts = (offset - left)[~follows]
-    ends = np.array([_end(index, text, *each) for each in zip((offset + right)[last].tolist(), (place + right)[last].tolist(), strict=True)], np.int64)
-    return starts, ends, (place - left)[~follows]
+    ends, far = (offset + right)[last], right[last] == LEAST  # which goes on beyond what was compared
+    ends[far] = [_end(index, text, *each) for each in zip(ends[far].tolist(), (place + right)[last][far].tolist(), strict=True)]
+    return (offset - left)[~follows], ends, (place - left)[~follows]
 
 
 def _candidates(keys: np.ndarray, prints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
