@@ -36,10 +36,19 @@ class TorchDecoder:
         self.model, self.machine, self.rows, self.deterministic = model, machine, rows, deterministic
         self.context_length, self.vocab_size = model.config.context_length, model.vocab_size
         self.cache = KVCache.empty(model.config, rows, machine.device, machine.dtype)
+        self.begun: list[tuple[tuple[int, ...], np.ndarray] | None] = [None] * rows  # with which ids, and what logits followed
 
     def prefill(self, row: int, ids: Sequence[int]) -> np.ndarray:
-        self.cache.lengths[row] = 0
-        return self._read([list(ids)], row)[0]
+        ids = tuple(ids)
+        same = next((other for other, begun in enumerate(self.begun) if begun is not None and begun[0] == ids), None)
+        if same is None:
+            self.cache.lengths[row] = 0
+            self.begun[row] = ids, self._read([ids], row)[0]
+        else:  # texts of one prompt share the reading of it
+            for part in (self.cache.k, self.cache.v):
+                part[:, row, :, : len(ids)] = part[:, same, :, : len(ids)]
+            self.cache.lengths[row], self.begun[row] = len(ids), self.begun[same]
+        return self.begun[row][1].copy()  # type: ignore[index]
 
     def decode(self, rows: Sequence[int], ids: Sequence[int]) -> np.ndarray:
         if self.deterministic:
