@@ -3,12 +3,14 @@
 In: token ids, for each text in its own row. Out: logits of the token that follows. A row that is full can only be begun anew.
 """
 
+import importlib.util
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 
+from nanogpt.generate.quantize import Precision
 from nanogpt.machine import Machine
 from nanogpt.model import GPT, KVCache
 
@@ -70,3 +72,12 @@ class TorchDecoder:
         idx = torch.as_tensor(ids, device=self.machine.device)
         with self.machine.autocast():
             return self.model.next_logits(idx, self.cache[first : first + len(idx)]).float().cpu().numpy()
+
+
+def open_decoder(model: GPT, machine: Machine, dtype: str = "auto", rows: int = 1) -> Decoder:
+    """The fastest decoder for the machine: on a CPU the one that Numba compiles, where it is installed, else PyTorch's. `dtype` is that of the settings."""
+    if machine.device.type == "cpu" and importlib.util.find_spec("numba"):
+        from nanogpt.generate.fast import FastDecoder
+
+        return FastDecoder(model, cast(Precision, "int8" if dtype == "auto" else dtype), rows, machine.threads)
+    return TorchDecoder(model, machine.for_single_rows() if dtype == "auto" else machine, rows, machine.deterministic)
