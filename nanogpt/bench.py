@@ -41,8 +41,9 @@ def bench(settings: dict[str, Any], seconds: float = 10.0, tokens: int = 200) ->
         times = _step_times(trainer, seconds)
     prompt = text.val[: max(1, settled.model.context_length // 2)].tolist()
     with machine.eager():
-        written = generate.tokens(model.eval(), prompt, SamplingConfig(max_tokens=tokens + 1), 1, place.for_single_rows())
-        moments = [time.perf_counter() for _ in written]
+        engine = generate.Engine(generate.open_decoder(model.eval(), place), text.tokenizer, [(text.tokenizer.end, text.tokenizer.end + 1)])
+        engine.add(generate.Request(prompt, SamplingConfig(max_tokens=tokens + 1), 1))
+        moments = [time.perf_counter() for _ in iter(engine.step, [])]
     pace = statistics.median(after - before for before, after in itertools.pairwise(moments))
     per_step, step = settled.training.batch_size * settled.model.context_length, statistics.median(times)
     speed = per_step / step * flops_per_token(settled.model, text.tokenizer.vocab_size)

@@ -80,7 +80,7 @@ def sample(
     n: int = 1, seed: int | None = None, strict: Switch = False,
     as_json: AsJson = False, sampling: SamplingSettings = SamplingConfig(), machine: PlaceSettings = PlaceConfig(),
 ) -> None:  # fmt: skip
-    """Let a model write; the text streams as it is made.
+    """Let a model write; the text streams as it is made. At a terminal, without a prompt, it asks for prompts, and settings can be changed between them.
 
     Parameters
     ----------
@@ -101,7 +101,8 @@ def sample(
     as_json
         One JSON object instead of text.
     """
-    from nanogpt import library, report
+    from nanogpt import library
+    from nanogpt import sample as texts
 
     if n < 1:
         raise UserError(f"--n {n} asks for no text.", "Use --n 1 or more.")
@@ -109,27 +110,15 @@ def sample(
         raise UserError("Both --prompt and --prompt-file were given.", "Leave one of them out.")
     if prompt_file is not None:
         prompt = _read_prompt(prompt_file, encoding)
-    _end_quietly_with_the_reader()
-    show = report.printable if sys.stdout.isatty() else str
     loaded = library.load(model, **machine.model_dump(exclude_unset=True))
+    if prompt is None and not as_json and sys.stdin.isatty() and sys.stdout.isatty():
+        return texts.converse(loaded, n, seed, strict, sampling)
+    _end_quietly_with_the_reader()
     first = library.new_seed() if seed is None else seed
     if seed is None and not as_json:
         print(f"--seed {first}", file=sys.stderr)
-    options = sampling.model_dump()
-    texts = []
-    for i in range(n):
-        pieces = loaded.stream(prompt, seed=first + i, strict=strict, **options)
-        if as_json:
-            texts.append({"seed": first + i, "text": "".join(pieces)})
-            continue
-        if n > 1:
-            print(f"--- {i + 1} of {n}, seed {first + i} ---")
-        print(show(prompt or ""), end="")
-        for piece in pieces:
-            print(show(piece), end="", flush=True)
-        print()
-    if as_json:
-        print(json.dumps({"prompt": prompt or "", "samples": texts}, ensure_ascii=False))
+    requests = texts.requests_for(loaded, prompt, n, first, strict, sampling)
+    (texts.print_json if as_json else texts.print_texts)(loaded, prompt or "", requests)
 
 
 @app.command(name="eval")

@@ -51,6 +51,7 @@ from nanogpt.tokenizer import Tokenizer
 from nanogpt.trainer import Position, Trainer, build, fitted
 
 DEFAULT_MINUTES = 5.0
+ROWS = 64  # texts that are written side by side
 ENDS = ("steps", "minutes")  # the settings of which one ends a run
 MAY_CHANGE = {
     *ENDS,
@@ -75,11 +76,12 @@ class Evaluation(Loss):
 class Model:
     """A trained model: what `train` and `load` give."""
 
-    def __init__(self, parts: checkpoint.Parts, place: machine.Machine, path: Path, prepared: Prepared | None = None, as_asked: bool = False):
-        """`as_asked`: the precision was asked for, and so is that of writing too."""
+    def __init__(self, parts: checkpoint.Parts, place: machine.Machine, path: Path, prepared: Prepared | None = None, dtype: str = "auto"):
+        """`dtype` is the precision that was asked for, which is that of writing too."""
         self._model, self._machine, self._path, self._text = parts.model, place, path, prepared
-        self._writer = place if as_asked else place.for_single_rows()
+        self._dtype = dtype
         self._index: Index | None = None
+        self._decoders: dict[int, generate.Decoder] = {}  # that nobody uses, by their rows
         self.tokenizer: Tokenizer = parts.tokenizer
         self.summary: dict[str, Any] = parts.summary
 
@@ -93,6 +95,11 @@ class Model:
         `sampling` takes the fields of `SamplingConfig`. Same seed, same text; without a seed, another text each time.
         Errors: `UserError` for a wrong setting and, with `strict`, for characters the model never saw (else it warns).
         """
+        request = self.request(prompt, seed=seed, strict=strict, **sampling)
+        return (piece.text for _, piece in self.write([request]) if piece.text)
+
+    def request(self, prompt: str | None = None, *, seed: int | None = None, strict: bool = False, n_top: int = 0, **sampling: Any) -> generate.Request:
+        """What `write` and an engine take: the same as for `stream`, and how many alternatives to name beside each token."""
         if isinstance(sampling.get("stop"), str):
             sampling["stop"] = (sampling["stop"],)
         settings = resolve_sampling(sampling)
@@ -101,8 +108,26 @@ class Model:
         if not 0 <= seed < 2**63:
             raise UserError(f"The seed {seed} is out of range.", "Use a whole number from 0 to 9223372036854775807.")
         ids = generate.encode_prompt(self.tokenizer, prompt, unused, self._model.config.context_length, strict)
-        drawn = generate.tokens(self._model, ids, settings, seed, self._writer, unused)
-        return generate.text(self.tokenizer, drawn, settings.stop)
+        return generate.Request(ids, settings, seed, n_top)
+
+    def write(self, requests: Sequence[generate.Request]) -> Iterator[tuple[int, generate.Piece]]:
+        """The pieces of several texts as they are made, side by side, each with the number of its request."""
+        rows = min(len(requests), ROWS)
+        decoder = self._decoders.pop(rows, None) or self._decoder(rows)
+        engine = generate.Engine(decoder, self.tokenizer, self.summary["unused"])
+        number = {engine.add(request): i for i, request in enumerate(requests)}
+        try:
+            while engine.busy:
+                yield from ((number[piece.of], piece) for piece in engine.step())
+        finally:
+            self._decoders[rows] = decoder
+
+    def engine(self, rows: int) -> generate.Engine:
+        """An engine for up to `rows` texts at a time, which join and leave as they come."""
+        return generate.Engine(self._decoder(rows), self.tokenizer, self.summary["unused"])
+
+    def _decoder(self, rows: int) -> generate.Decoder:
+        return generate.open_decoder(self._model, self._machine, self._dtype, rows)
 
     def evaluate(
         self, *text: str | os.PathLike[str], context_length: int | None = None, encoding: str | None = None, field: str | None = None, by_position: bool = False
@@ -218,14 +243,21 @@ class Model:
 
 
 def load(path: str | os.PathLike[str], **settings: Any) -> Model:
-    """Open a run folder or a model file. `settings` may name `device`, `dtype` and `threads`.
+    """Open a run folder or a model file. `settings` may name `device`, `dtype`, `threads` and `deterministic`.
+
+    With `dtype` int8 the weights of all products are rounded to it, also for `evaluate`, which so tells what that costs. `deterministic`: the text of a
+    seed is the same bit for bit whatever is written beside it.
 
     Errors: `UserError` for a path that holds no model, a damaged file, a pickle, or a device that is not there.
     """
     if wrong := [name for name in settings if name not in PlaceConfig.model_fields]:
-        raise UserError(f"A model that is loaded keeps its settings: {', '.join(wrong)} cannot be given.", "load takes device, dtype and threads.")
-    place = machine.choose(resolve(settings).machine)
-    return Model(checkpoint.load(os.fspath(path), place.device), place, Path(path), as_asked=settings.get("dtype", "auto") != "auto")
+        raise UserError(f"A model that is loaded keeps its settings: {', '.join(wrong)} cannot be given.", f"load takes {', '.join(PlaceConfig.model_fields)}.")
+    dtype = settings.get("dtype", "auto")
+    place = machine.choose(resolve(settings | {"dtype": "float32" if dtype == "int8" else dtype}).machine)
+    parts = checkpoint.load(os.fspath(path), place.device)
+    if dtype == "int8":
+        parts = replace(parts, model=generate.dequantized(parts.model, dtype))
+    return Model(parts, place, Path(path), dtype=dtype)
 
 
 def train(

@@ -14,8 +14,9 @@ B batch, T time, C channels (n_embd), H query heads, K key and value heads, D ch
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,21 +32,45 @@ EPSILON = 1e-6  # of RMSNorm, as in Qwen3
 class KVCache:
     """Keys and values of the tokens a model has read, so that the next token costs one step instead of a whole window.
 
-    Room for `context_length` tokens in each of `batch` rows is reserved at once, and taken as it fills; `length` of them are there.
+    Each row is a text of its own: `lengths` (rows,) says how many of its `context_length` places are taken. The room is reserved at once, and taken as it
+    fills. cache[a:b] is some of the rows, in the same memory.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, batch, config.n_kv_head or config.n_head, config.context_length, config.n_embd // config.n_head)
-        self.k = torch.empty(shape, device=device, dtype=dtype)  # (layers, B, K, S, D)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
+    def __init__(self, k: Tensor, v: Tensor, lengths: np.ndarray):
+        self.k, self.v, self.lengths = k, v, lengths  # (layers, B, K, S, D) each, (B,)
+
+    @classmethod
+    def empty(cls, config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype) -> "KVCache":
+        """Room for so many rows. What a mask hides is multiplied by 0, so it must be a number already."""
+        shape = (config.n_layer, rows, config.n_kv_head or config.n_head, config.context_length, config.n_embd // config.n_head)
+        return cls(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype), np.zeros(rows, np.int64))
+
+    def __getitem__(self, rows: slice) -> "KVCache":
+        return KVCache(self.k[:, rows], self.v[:, rows], self.lengths[rows])
+
+    def take(self, T: int) -> Tensor:
+        """Make room for T tokens behind those of each row, one where the rows differ in length; give their positions (B, T), or (1, T) for all rows."""
+        self.end, self.level = int(self.lengths.max()) + T, len(set(self.lengths.tolist())) == 1
+        assert T == 1 or self.level, "several tokens for rows of unequal lengths"
+        assert self.end <= self.k.shape[3], "more tokens than the context holds"
+        if self.level:
+            positions = torch.arange(self.end - T, self.end, device=self.k.device).unsqueeze(0)
+        else:
+            positions = torch.from_numpy(self.lengths[:, None].copy()).to(self.k.device)
+            self.places = torch.arange(len(positions), device=self.k.device), positions[:, 0]
+        self.lengths += T  # in place: these may be some of the rows of a larger cache
+        return positions
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the (B, K, T, D) of new tokens behind the others; give all (B, K, length + T, D) of the layer."""
-        end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        """Put the (B, K, T, D) of new tokens where `take` made room; give those of the layer, (B, K, S, D), up to the last place that any row has taken."""
+        kept = self.k[layer], self.v[layer]
+        for room, new in zip(kept, (k, v), strict=True):
+            if self.level:
+                room[:, :, self.end - new.shape[2] : self.end] = new
+            else:
+                rows, places = self.places
+                room[rows, :, places] = new[:, :, 0]
+        return kept[0][:, :, : self.end], kept[1][:, :, : self.end]
 
 
 def dropout(x: Tensor, rate: float, key: Tensor | None) -> Tensor:
@@ -106,10 +131,13 @@ class Attention(nn.Module):
         q, k, v = self.heads(x, turn)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, K, S, D)
-        k, v = self.share(k), self.share(v)  # (B, H, S, D)
+        if T == 1:
+            q = q.view(B, self.n_kv_head, -1, self.head_dim)  # queries that share keys go together, like tokens that all see the same: (B, K, H / K, D)
+        else:
+            k, v = self.share(k), self.share(v)  # (B, H, S, D)
         at_once = T <= QUERIES or self.is_causal(T, k.shape[2], key)
-        y = self.attend(q, k, v, mask, key) if at_once else self.attend_by_blocks(q, k, v, key)  # (B, H, T, D)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        y = self.attend(q, k, v, mask, key, causal=T > 1) if at_once else self.attend_by_blocks(q, k, v, key)
+        return self.proj(y.reshape(B, self.n_head, T, self.head_dim).transpose(1, 2).reshape(B, T, C))
 
     def heads(self, x: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> queries (B, H, T, D), keys and values (B, K, T, D), normalised and turned where the shape is modern."""
@@ -128,10 +156,11 @@ class Attention(nn.Module):
         """Whether T queries and S keys need no mask: a kernel knows which come before which, or all do."""
         return self.window is None and (T == 1 or (self.is_fused(key) and T == S))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key: Tensor | None) -> Tensor:
-        """q (B, H, T, D), k and v (B, H, S, D), mask (T, S) or None -> (B, H, T, D)."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key: Tensor | None, causal: bool) -> Tensor:
+        """q (B, H, T, D), k and v (B, H, S, D), mask (T, S) or, for each row or all, (B, 1, T, S) -> (B, H, T, D). Without a mask each token sees what came
+        before it if `causal`, else all."""
         if self.is_fused(key):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), is_causal=mask is None and q.shape[2] > 1)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), is_causal=causal and mask is None)
         return dropout(self.weights(q, k, mask), self.dropout, key) @ v
 
     def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
@@ -147,8 +176,9 @@ class Attention(nn.Module):
         of them stays but in one tensor: else the allocator of a CPU leaves holes between what stays that are too small for the next block.
         """
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, behind: int, key: Tensor | None) -> Tensor:
-            return self.attend(q, k, v, causal_mask(q.shape[2], k.shape[2], q.device, self.window, behind), key)
+        def attend(q: Tensor, k: Tensor, v: Tensor, first: int, key: Tensor | None) -> Tensor:
+            positions = torch.arange(first, first + q.shape[2], device=q.device)
+            return self.attend(q, k, v, causal_mask(positions, k.shape[2], self.window), key, causal=True)
 
         y, T, S = torch.empty_like(q), q.shape[2], k.shape[2]
         rows = QUERIES if self.window is not None else max(1, QUERIES**2 // S)
@@ -158,7 +188,7 @@ class Attention(nn.Module):
             block = q[:, :, begin : begin + rows]  # (B, H, rows, D)
             end = S - T + begin + block.shape[2]
             first, last = (0, S) if self.window is None else (max(0, end - block.shape[2] - self.window + 1), end)
-            inputs = block, k[:, :, first:last], v[:, :, first:last], last - end, own
+            inputs = block, k[:, :, first:last], v[:, :, first:last], end - block.shape[2] - first, own
             y[:, :, begin : begin + rows] = made_again(attend, *inputs)
         return y
 
@@ -170,18 +200,18 @@ def made_again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def causal_mask(T: int, S: int, device: torch.device, window: int | None = None, behind: int = 0) -> Tensor:
-    """(T, S), to be added to scores: T tokens, which stand before the last `behind` of S, each see themselves (0) and what came before, or its last
-    `window` - 1, and nothing else (-inf)."""
-    last = S - T - behind  # that the first token sees
-    mask = torch.full((T, S), -math.inf, device=device).triu(last + 1)
-    return mask if window is None else mask + torch.full((T, S), -math.inf, device=device).tril(last - window)
+def causal_mask(positions: Tensor, S: int, window: int | None = None) -> Tensor:
+    """(..., T, S), to be added to scores: tokens at positions (..., T) each see themselves (0) and what came before, or its last `window` - 1, and
+    nothing else (-inf)."""
+    back = positions.unsqueeze(-1) - torch.arange(S, device=positions.device)  # (..., T, S)
+    hidden = back < 0 if window is None else (back < 0) | (back >= window)
+    return torch.zeros(hidden.shape, device=positions.device).masked_fill_(hidden, -math.inf)
 
 
 def turns(positions: Tensor, head_dim: int, base: float) -> Tensor:
-    """Cosines and sines (2, T, D / 2) by which each position turns each pair of channels (Su et al. 2021, section 3.4.2)."""
+    """Cosines and sines (2, ..., T, D / 2) by which each position (..., T) turns each pair of channels (Su et al. 2021, section 3.4.2)."""
     pairs = torch.arange(0, head_dim, 2, device=positions.device)
-    angles = positions[:, None] * base ** (-pairs / head_dim)  # (T, D / 2)
+    angles = positions.unsqueeze(-1) * base ** (-pairs / head_dim)  # (..., T, D / 2)
     return torch.stack([angles.cos(), angles.sin()])
 
 
@@ -322,23 +352,21 @@ class GPT(nn.Module):
 
     def trunk(self, idx: Tensor, keys: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """idx (B, T) -> the stream after the last normalisation, (B, T, C). With a cache, idx continues what it holds."""
-        start, T = cache.length if cache is not None else 0, idx.shape[1]
-        assert start + T <= self.config.context_length, "more tokens than the context holds"
-        positions = torch.arange(start, start + T, device=idx.device)
-        attentions = [part for part in self.modules() if isinstance(part, Attention)]
-        needs_mask = T <= QUERIES and not all(part.is_causal(T, start + T, keys) for part in attentions)
-        mask = causal_mask(T, start + T, idx.device, attentions[0].window) if needs_mask else None
+        T, attn = idx.shape[1], cast(Attention, self.blocks[0].attn)  # all are alike
+        assert cache is not None or self.config.context_length >= T, "more tokens than the context holds"
+        positions = torch.arange(T, device=idx.device).unsqueeze(0) if cache is None else cache.take(T)  # (B, T), or (1, T) for all rows
+        S = T if cache is None else cache.end
+        is_causal = len(positions) == 1 and attn.is_causal(T, S, keys)
+        mask = causal_mask(positions, S, attn.window).unsqueeze(1) if T <= QUERIES and not is_causal else None  # (B or 1, 1, T, S)
         on_embedding, *places = [None] * (len(self.blocks) + 1) if keys is None else dropout_keys(keys, len(self.blocks) + 1)  # of (3, B) each
         x, turn = self.wte(idx), None  # (B, T, C)
         if self.config.arch == "classic":
             x = dropout(x + self.wpe(positions), self.config.dropout, None if on_embedding is None else on_embedding[0])
         else:
-            x, turn = F.rms_norm(x, x.shape[2:], eps=EPSILON), turns(positions, self.config.n_embd // self.config.n_head, self.config.rope_base)
+            x, turn = F.rms_norm(x, x.shape[2:], eps=EPSILON), turns(positions.unsqueeze(1), self.config.n_embd // self.config.n_head, self.config.rope_base)
         for block, place in zip(self.blocks, places, strict=True):
             inputs = x, turn, mask, place, cache
             x = made_again(block, *inputs) if self.checkpoints else block(*inputs)
-        if cache is not None:
-            cache.length += T
         return self.ln_f(x)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -319,8 +319,10 @@ class Trainer:
         unused, settings = self.text.about["unused"], SAMPLE.model_copy(update={"max_tokens": count})
         prompt = generate.encode_prompt(self.text.tokenizer, None, unused, self.model.config.context_length)
         with machine.eager():
-            ids = generate.tokens(self.model, prompt, settings, self.settings.seed, self.machine.for_single_rows(), unused)
-            return Sampled(self.position.step, "".join(generate.text(self.text.tokenizer, ids)))
+            engine = generate.Engine(generate.TorchDecoder(self.model, self.machine.for_single_rows()), self.text.tokenizer, unused)
+            engine.add(generate.Request(prompt, settings, self.settings.seed))
+            pieces = iter(engine.step, [])
+            return Sampled(self.position.step, "".join(piece.text for step in pieces for piece in step))
 
     def save(self) -> Saved:
         """Write all that it takes to go on from here; before the first evaluation, also the model, so that one can look at it."""

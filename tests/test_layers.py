@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "nanogpt"
 LAYERS = [
     {"__main__"},
     {"cli"},
+    {"sample"},
     {"library", "bench"},
     {"trainer", "finetune", "compare"},
     {"prepare", "recipe", "generate", "look", "report"},

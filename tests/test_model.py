@@ -119,11 +119,29 @@ def test_reading_in_pieces_through_the_cache_gives_the_same_logits(make_model, p
     idx = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(1))
     whole = model(idx)
     monkeypatch.setattr(network, "QUERIES", queries)
-    cache = KVCache(model.config, 2, torch.device("cpu"), torch.float32)
+    cache = KVCache.empty(model.config, 2, torch.device("cpu"), torch.float32)
     got = torch.cat([model(piece, cache=cache) for piece in idx.split(pieces, dim=1)], dim=1)
     torch.testing.assert_close(got, whole, atol=1e-5, rtol=1e-5)
     with pytest.raises(AssertionError, match="context"):
         model(idx[:, :1], cache=cache)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"arch": "modern"}, {"arch": "modern", "n_head": 4, "n_kv_head": 2}, {"arch": "modern", "window": 3}, {"arch": "modern", "window": 8}]
+)
+@pytest.mark.parametrize("fused", [True, False])
+def test_rows_of_unequal_lengths_are_each_as_if_alone(make_model, settings, fused):
+    model = make_model(**settings)
+    model.fuse_attention(fused)
+    idx = torch.randint(11, (4, 8), generator=torch.Generator().manual_seed(1))
+    cache, lengths = KVCache.empty(model.config, 5, torch.device("cpu"), torch.float32), [3, 6, 1, 4]
+    for row, length in enumerate(lengths):
+        model(idx[row : row + 1, :length], cache=cache[row : row + 1])
+    for step in range(2):
+        places = torch.tensor(lengths) + step
+        got = model(idx[range(4), places].unsqueeze(1), cache=cache[:4])[:, 0]  # (4, V)
+        torch.testing.assert_close(got, model(idx)[range(4), places], atol=1e-5, rtol=1e-5)
+    assert cache.lengths.tolist() == [5, 8, 3, 6, 0]
 
 
 def test_next_logits_are_the_last_ones(make_model):
@@ -221,8 +239,9 @@ def naive_window(T, window):
 @pytest.mark.parametrize(("T", "window"), [(7, 1), (7, 3), (7, 7), (7, 20)])
 def test_a_window_hides_what_lies_further_back(T, window):
     for seen in range(1, T + 1):
-        assert torch.equal(causal_mask(seen, T, torch.device("cpu"), window), naive_window(T, window)[T - seen :])
-        assert torch.equal(causal_mask(1, T, torch.device("cpu"), window, T - seen), naive_window(T, window)[seen - 1 : seen])
+        assert torch.equal(causal_mask(torch.arange(T - seen, T), T, window), naive_window(T, window)[T - seen :])
+    positions = torch.tensor([[0, 3], [6, 2]])
+    assert torch.equal(causal_mask(positions, T, window), torch.stack([naive_window(T, window)[row] for row in positions]))
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 5])
@@ -232,7 +251,7 @@ def test_attention_by_blocks_is_attention_through_a_mask(make_model, monkeypatch
     model = make_model(arch="modern", window=window, n_head=4, n_kv_head=2)
     model.fuse_attention(False)
     idx = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(network, "causal_mask", lambda T, S, device, _=None: naive_window(T, window or T))
+    monkeypatch.setattr(network, "causal_mask", lambda positions, S, _=None: naive_window(S, window or S)[None])
     expected = gradients(model, idx)
     monkeypatch.undo()
     monkeypatch.setattr(network, "QUERIES", queries)

@@ -268,7 +268,7 @@ def attention(model: GPT, tokenizer: Tokenizer, machine: Machine, text: str, fir
 
     with listening(attentions, note), machine.autocast():
         model.trunk(torch.tensor([part], device=machine.device))
-    mask = causal_mask(len(part), len(part), machine.device, attentions[0].window)
+    mask = causal_mask(torch.arange(len(part), device=machine.device), len(part), attentions[0].window)
     weights = [attn.weights(q, k, mask)[0].cpu().numpy() for attn, (q, k) in zip(attentions, qk, strict=True)]  # (H, T, T) each, in float32
     return Attention(pieces(tokenizer, ids)[first : first + T], np.stack(weights), first, len(ids))
 

@@ -1,0 +1,83 @@
+"""A model that continues several texts: what the engine asks of one, and the one that PyTorch runs.
+
+In: token ids, for each text in its own row. Out: logits of the token that follows. A row that is full can only be begun anew.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import numpy as np
+import torch
+
+from nanogpt.generate.quantize import Precision
+from nanogpt.machine import Machine
+from nanogpt.model import GPT, KVCache
+
+
+class Decoder(Protocol):
+    """A model and room for the keys and values of several texts, one in each row."""
+
+    rows: int
+    context_length: int
+    vocab_size: int
+
+    def prefill(self, row: int, ids: Sequence[int]) -> np.ndarray:
+        """Begin the row anew with ids, 1 to context_length of them -> (V,) float32, the logits of what follows."""
+        ...
+
+    def decode(self, rows: Sequence[int], ids: Sequence[int]) -> np.ndarray:
+        """One more id for each of the rows, which are different ones, begun and not full, in rising order -> (len(rows), V) float32."""
+        ...
+
+
+class TorchDecoder:
+    """The reference, on any device. With `deterministic`, a row is computed as if it were alone: slower, but what else is there changes no bit of it."""
+
+    def __init__(self, model: GPT, machine: Machine, rows: int = 1, deterministic: bool = False):
+        self.model, self.machine, self.rows, self.deterministic = model, machine, rows, deterministic
+        self.context_length, self.vocab_size = model.config.context_length, model.vocab_size
+        self.cache = KVCache.empty(model.config, rows, machine.device, machine.dtype)
+        self.begun: list[tuple[tuple[int, ...], np.ndarray] | None] = [None] * rows  # with which ids, and what logits followed
+
+    def prefill(self, row: int, ids: Sequence[int]) -> np.ndarray:
+        ids = tuple(ids)
+        same = next((other for other, begun in enumerate(self.begun) if begun is not None and begun[0] == ids), None)
+        if same is None:
+            self.cache.lengths[row] = 0
+            self.begun[row] = ids, self._read([ids], row)[0]
+        else:  # texts of one prompt share the reading of it
+            for part in (self.cache.k, self.cache.v):
+                part[:, row, :, : len(ids)] = part[:, same, :, : len(ids)]
+            self.cache.lengths[row], self.begun[row] = len(ids), self.begun[same]
+        return self.begun[row][1].copy()  # type: ignore[index]
+
+    def decode(self, rows: Sequence[int], ids: Sequence[int]) -> np.ndarray:
+        if self.deterministic:
+            return np.concatenate([self._read([[token]], row) for row, token in zip(rows, ids, strict=True)])
+        # To cut others out of the cache would copy it, so rows between the first and the last are computed along, behind what they hold, which stays.
+        first, behind = rows[0], rows[-1] + 1
+        new, places, lengths = np.zeros((behind - first, 1), np.int64), np.subtract(rows, first), self.cache.lengths[first:behind]
+        new[places, 0] = ids
+        others = np.delete(np.arange(behind - first), places)
+        held = lengths[others]
+        lengths[others] = np.minimum(held, self.context_length - 1)  # a full row is never gone on with
+        logits = self._read(new, first)[places]
+        lengths[others] = held
+        return logits
+
+    @torch.inference_mode()
+    def _read(self, ids: Sequence[Sequence[int]] | np.ndarray, first: int) -> np.ndarray:
+        """ids (B, T) behind what the B rows from `first` on hold -> (B, V)."""
+        idx = torch.as_tensor(ids, device=self.machine.device)
+        with self.machine.autocast():
+            return self.model.next_logits(idx, self.cache[first : first + len(idx)]).float().cpu().numpy()
+
+
+def open_decoder(model: GPT, machine: Machine, dtype: str = "auto", rows: int = 1) -> Decoder:
+    """The fastest decoder for the machine: on a CPU the one that Numba compiles, where it is installed, else PyTorch's. `dtype` is that of the settings."""
+    if machine.device.type == "cpu" and importlib.util.find_spec("numba"):
+        from nanogpt.generate.fast import FastDecoder
+
+        return FastDecoder(model, cast(Precision, "int8" if dtype == "auto" else dtype), rows, machine.threads)
+    return TorchDecoder(model, machine.for_single_rows() if dtype == "auto" else machine, rows, machine.deterministic)
