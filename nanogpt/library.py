@@ -180,9 +180,19 @@ class Model:
     def look(self, text: str) -> Look:
         """What happens inside the model while it reads a text, and what of it stands in the training text: see `look.Look`, whose methods give plain data."""
         start = generate.encode_prompt(self.tokenizer, None, self.summary["unused"], self._model.config.context_length)[0]
-        return Look(
-            text, self._model, self.tokenizer, self._machine, start, self.summary["unused"], self._copies_index, lambda: self._training_text().val
-        )
+        index, held_out = self._copies_index, lambda: self._training_text().val
+        return Look(text, self._model, self.tokenizer, self._machine, start, self.summary["unused"], index, held_out, self._sources)
+
+    def _sources(self) -> Iterator[tuple[str, str]]:
+        """The names and the texts of the documents that the model was trained on, or that were held out, as they lie on the disk now."""
+        about = self._training_text().about
+        if "-" in about["sources"] or any(is_prepared(source) for source in about["sources"]):
+            return
+        with warnings.catch_warnings():  # what is left out was said when the run began
+            warnings.simplefilter("ignore", Notice)
+            sources = expand(about["sources"], about["text"]["encoding"], about["text"]["field"])
+        for source in sources:
+            yield from ((source.name, "".join(chunks)) for chunks in source.documents())
 
     def _copies_index(self) -> Index:
         """The index of the training text, which is opened once, and lies in the run folder."""

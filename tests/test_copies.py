@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_cli import run
 
 import nanogpt
-from nanogpt.errors import UserError
+from nanogpt.errors import Notice, UserError
 from nanogpt.files import cache_dir
 from nanogpt.look import copies as module
 from nanogpt.look import html, terminal
@@ -220,6 +220,26 @@ def test_a_run_knows_what_of_a_text_stands_in_its_training_part(tmp_path, capsys
     assert "is not at hand" in capsys.readouterr().err
     assert run("look", tmp_path / "run", "--text", text[1000:1400], "--copies", "--json") == 0
     assert json.loads(capsys.readouterr().out)["passages"][0]["line"] == text[:1000].count("\n") + 1
+
+
+def test_a_passage_is_named_by_the_file_it_stands_in(tmp_path, capsys):
+    for number in range(30):
+        (tmp_path / "texts" / f"{number % 3}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / f"{number % 3}" / f"{number}.txt").write_text(prose(number, 20) + prose(77, 20), encoding="utf-8")
+    (tmp_path / "texts" / "picture.png").write_bytes(b"\x89PNG\0\0")
+    with pytest.warns(Notice, match="not text"):
+        model = nanogpt.train(tmp_path / "texts", tmp_path / "run", **TINY | LARGE)
+    for number in range(30):
+        found = model.look(prose(number, 20)).copies()
+        if not found.passages:  # held out
+            continue
+        assert {passage.source for passage in found.passages} == {f"{number % 3}/{number}.txt"}
+    assert sum(bool(model.look(prose(number, 20)).copies().passages) for number in range(30)) > 20
+    assert run("look", tmp_path / "run", tmp_path / "texts" / "1" / "4.txt", "--copies", "--html", tmp_path / "page.html") == 0
+    assert "1/4.txt" in capsys.readouterr().out
+    assert "1/4.txt" in (tmp_path / "page.html").read_text()
+    shutil.rmtree(tmp_path / "texts")
+    assert {passage.source for passage in model.look(prose(4, 20)).copies().passages} == {""}
 
 
 def test_a_training_text_that_is_gone_is_said(tmp_path, capsys):
