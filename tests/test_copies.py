@@ -139,6 +139,22 @@ def test_a_passage_does_not_reach_from_one_document_into_the_next():
     assert index.documents.tolist() == [0, len(first.encode()) + 1]
 
 
+def test_of_many_places_the_one_where_most_is_the_same_is_found():
+    phrase = "and so it came to pass, as it had been written, that "
+    document = "".join(f"{seed} times: {phrase}{prose(seed, 6)}" for seed in range(TRIED - 4))
+    for seed in (0, 30, TRIED - 5):
+        (passage,) = copies(index_of([document]), "~" + phrase + prose(seed, 6)[:-1] + "~").passages
+        assert (passage.start, passage.end) == (1, 1 + len(phrase + prose(seed, 6)) - 1)
+
+
+def test_the_end_of_a_held_out_document_is_no_part_of_a_passage():
+    tail = "of which a hundred lines end so"
+    assert len(tail) == LEAST - 1
+    index = index_of([prose(1, 20) + "A" + tail], held_out=prose(2, 20) + "B" + tail)
+    found = copies(index, prose(2, 20) + "B" + tail)
+    assert (found.share, found.fresh.windows, found.fresh.share, found.fresh.longest) == (0, 1, 0, 0)
+
+
 def test_a_window_that_stands_in_very_many_places_is_tried_in_some(monkeypatch):
     document = ("=" * 64 + "\n") * (4 * TRIED) + "x" * 7 + "=" * 90
     found = copies(index_of([document]), "=" * 80)

@@ -335,9 +335,8 @@ def _matches(index: Index, text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
     # Windows of one passage follow each other at distance WINDOW in both texts: only its first and its last are needed.
     order = np.lexsort((offset, place - offset))
     offset, place, left, right = offset[order], place[order], left[order], right[order]
-    follows = (np.diff(offset, prepend=-1) == WINDOW) & (np.diff(place - offset, prepend=-1) == 0)
-    if len(follows):
-        follows[0] = False
+    follows = np.zeros(len(offset), bool)
+    follows[1:] = (np.diff(offset) == WINDOW) & (np.diff(place - offset) == 0)
     last = np.append(~follows[1:], True)[: len(follows)]
     ends, far = (offset + right)[last], right[last] == LEAST  # which goes on beyond what was compared
     ends[far] = [_end(index, text, *each) for each in zip(ends[far].tolist(), (place + right)[last][far].tolist(), strict=True)]
