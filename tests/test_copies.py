@@ -151,7 +151,7 @@ def test_the_end_of_a_held_out_document_is_no_part_of_a_passage():
     tail = "of which a hundred lines end so"
     assert len(tail) == LEAST - 1
     index = index_of([prose(1, 20) + "A" + tail], held_out=prose(2, 20) + "B" + tail)
-    found = copies(index, prose(2, 20) + "B" + tail)
+    found = copies(index, prose(2, 20) + "B" + tail + "~~~~")
     assert (found.share, found.fresh.windows, found.fresh.share, found.fresh.longest) == (0, 1, 0, 0)
 
 
