@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nanogpt.generate.quantize import Precision
-from nanogpt.machine import Machine
+from nanogpt.machine import Machine, free_memory
 from nanogpt.model import GPT, KVCache
 
 
@@ -77,7 +77,14 @@ class TorchDecoder:
 
 
 def open_decoder(model: GPT, machine: Machine, dtype: str = "auto", rows: int = 1) -> Decoder:
-    """The fastest decoder for the machine: on a CPU the one that Numba compiles, where it is installed, else PyTorch's. `dtype` is that of the settings."""
+    """The fastest decoder for the machine: on a CPU the one that Numba compiles, where it is installed, else PyTorch's. `dtype` is that of the settings.
+
+    It has fewer rows where the keys and values of so many would take more than half of the memory that is free.
+    """
+    c = model.config
+    row = 2 * c.n_layer * c.context_length * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * 4  # bytes
+    free = free_memory(machine.device)
+    rows = rows if free is None else min(rows, max(1, int(free / 2 / row)))
     if machine.device.type == "cpu" and importlib.util.find_spec("numba"):
         from nanogpt.generate.fast import FastDecoder
 
