@@ -3,13 +3,15 @@
 In: token ids, for each text in its own row. Out: logits of the token that follows. A row that is full can only be begun anew.
 """
 
+import importlib.util
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 
-from nanogpt.machine import Machine
+from nanogpt.generate.quantize import Precision
+from nanogpt.machine import Machine, free_memory
 from nanogpt.model import GPT, KVCache
 
 
@@ -36,16 +38,27 @@ class TorchDecoder:
         self.model, self.machine, self.rows, self.deterministic = model, machine, rows, deterministic
         self.context_length, self.vocab_size = model.config.context_length, model.vocab_size
         self.cache = KVCache.empty(model.config, rows, machine.device, machine.dtype)
+        self.begun: list[tuple[tuple[int, ...], np.ndarray] | None] = [None] * rows  # with which ids, and what logits followed
 
     def prefill(self, row: int, ids: Sequence[int]) -> np.ndarray:
-        self.cache.lengths[row] = 0
-        return self._read([list(ids)], row)[0]
+        ids = tuple(ids)
+        same = next((other for other, begun in enumerate(self.begun) if begun is not None and begun[0] == ids), None)
+        if same is None:
+            self.cache.lengths[row] = 0
+            self.begun[row] = ids, self._read([ids], row)[0]
+        else:  # texts of one prompt share the reading of it
+            for part in (self.cache.k, self.cache.v):
+                part[:, row, :, : len(ids)] = part[:, same, :, : len(ids)]
+            self.cache.lengths[row], self.begun[row] = len(ids), self.begun[same]
+        return self.begun[row][1].copy()  # type: ignore[index]
 
     def decode(self, rows: Sequence[int], ids: Sequence[int]) -> np.ndarray:
         if self.deterministic:
             return np.concatenate([self._read([[token]], row) for row, token in zip(rows, ids, strict=True)])
-        # To cut others out of the cache would copy it, so rows between the first and the last are computed along, behind what they hold, which stays.
         first, behind = rows[0], rows[-1] + 1
+        if len(rows) == behind - first:
+            return self._read([[token] for token in ids], first)
+        # To cut others out of the cache would copy it, so rows between the first and the last are computed along, behind what they hold, which stays.
         new, places, lengths = np.zeros((behind - first, 1), np.int64), np.subtract(rows, first), self.cache.lengths[first:behind]
         new[places, 0] = ids
         others = np.delete(np.arange(behind - first), places)
@@ -58,6 +71,22 @@ class TorchDecoder:
     @torch.inference_mode()
     def _read(self, ids: Sequence[Sequence[int]] | np.ndarray, first: int) -> np.ndarray:
         """ids (B, T) behind what the B rows from `first` on hold -> (B, V)."""
-        idx = torch.as_tensor(ids, device=self.machine.device)
+        idx = torch.tensor(ids, device=self.machine.device)
         with self.machine.autocast():
             return self.model.next_logits(idx, self.cache[first : first + len(idx)]).float().cpu().numpy()
+
+
+def open_decoder(model: GPT, machine: Machine, dtype: str = "auto", rows: int = 1) -> Decoder:
+    """The fastest decoder for the machine: on a CPU the one that Numba compiles, where it is installed, else PyTorch's. `dtype` is that of the settings.
+
+    It has fewer rows where the keys and values of so many would take more than half of the memory that is free.
+    """
+    c = model.config
+    row = 2 * c.n_layer * c.context_length * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * 4  # bytes
+    free = free_memory(machine.device)
+    rows = rows if free is None else min(rows, max(1, int(free / 2 / row)))
+    if machine.device.type == "cpu" and importlib.util.find_spec("numba"):
+        from nanogpt.generate.fast import FastDecoder
+
+        return FastDecoder(model, cast(Precision, "int8" if dtype == "auto" else dtype), rows, machine.threads)
+    return TorchDecoder(model, machine.for_single_rows() if dtype == "auto" else machine, rows, machine.deterministic)
