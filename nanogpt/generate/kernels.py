@@ -386,7 +386,9 @@ def attend(shape, head_norms, turn, qkv, head, past, keys, values, y):
                     y[t + i // G, at + d] = mixed[i, d] / totals[i]
 
 
-QKV, ATTEND, PROJ, FC, MLP_PROJ, HEAD = np.arange(6)  # the stages of a pass, each of many parts that can be computed at once (Numba compiles anew for each int, not for these)
+QKV, ATTEND, PROJ, FC, MLP_PROJ, HEAD = np.arange(
+    6
+)  # the stages of a pass, each of many parts that can be computed at once (Numba compiles anew for each int, not for these)
 
 
 @compiled
