@@ -3,12 +3,16 @@
 In: token ids, for each text in its own row. Out: logits of the token that follows. A row that is full can only be begun anew.
 """
 
+import copy
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from nanogpt.generate.quantize import Precision
 from nanogpt.machine import Machine, free_memory
@@ -76,6 +80,26 @@ class TorchDecoder:
             return self.model.next_logits(idx, self.cache[first : first + len(idx)]).float().cpu().numpy()
 
 
+def bare(model: GPT) -> GPT:
+    """The same network, with the same weights, whose blocks' layers are just the functions that they call: for one row of tokens, what PyTorch does around a
+    function to make it a module takes a fifth of the time."""
+    model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for module in list(model.blocks.modules()):
+        for name, layer in list(module.named_children()):
+            function: Callable[[Tensor], Tensor]
+            if isinstance(layer, nn.Linear):
+                function = partial(F.linear, weight=layer.weight, bias=layer.bias)
+            elif isinstance(layer, nn.LayerNorm):
+                function = partial(torch.layer_norm, normalized_shape=layer.normalized_shape, weight=layer.weight, bias=layer.bias, eps=layer.eps)
+            elif isinstance(layer, nn.RMSNorm):
+                function = partial(torch.rms_norm, normalized_shape=layer.normalized_shape, weight=layer.weight, eps=layer.eps)
+            else:
+                continue
+            delattr(module, name)
+            setattr(module, name, function)
+    return model
+
+
 def open_decoder(model: GPT, machine: Machine, dtype: str = "auto", rows: int = 1) -> Decoder:
     """The fastest decoder for the machine: on a CPU the one that Numba compiles, where it is installed, else PyTorch's. `dtype` is that of the settings.
 
@@ -89,4 +113,4 @@ def open_decoder(model: GPT, machine: Machine, dtype: str = "auto", rows: int = 
         from nanogpt.generate.fast import FastDecoder
 
         return FastDecoder(model, cast(Precision, "int8" if dtype == "auto" else dtype), rows, machine.threads)
-    return TorchDecoder(model, machine.for_single_rows() if dtype == "auto" else machine, rows, machine.deterministic)
+    return TorchDecoder(bare(model), machine.for_single_rows() if dtype == "auto" else machine, rows, machine.deterministic)
