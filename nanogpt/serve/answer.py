@@ -89,8 +89,13 @@ class Choice:
         }
 
     def _alternatives(self, token: Token) -> dict[str, float] | None:
-        """By what is written: of two tokens that are written alike, the likelier."""
-        return {self._spelled(i): logprob for i, logprob in reversed(token.top)} if token.logprob is not None else None
+        """By what is written, likeliest first; of two tokens that are written alike, the likelier."""
+        if token.logprob is None:
+            return None
+        told: dict[str, float] = {}
+        for i, logprob in token.top:
+            told.setdefault(self._spelled(i), logprob)
+        return told
 
     def _spelled(self, token: int) -> str:
         written = self._tokenizer.token_bytes[token]
