@@ -11,10 +11,11 @@ from collections.abc import AsyncIterator, Collection, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from nanogpt import generate
+from nanogpt.errors import UserError
 from nanogpt.library import new_seed
 from nanogpt.serve.answer import Answer, Prompt, tokens_of
 from nanogpt.serve.models import Models
@@ -38,7 +39,7 @@ async def metrics(request: Request) -> Response:
     """What it has done and is doing, for Prometheus."""
     models: Models = request.app.state.models
     active, waiting = ({worker.name: getattr(worker, what) for worker in models.workers} for what in ("active", "waiting"))
-    return PlainTextResponse(models.metrics.text(active, waiting), media_type="text/plain; version=0.0.4")
+    return Response(models.metrics.text(active, waiting).encode(errors="backslashreplace"), media_type="text/plain; version=0.0.4")
 
 
 @router.get("/v1/models")
@@ -72,7 +73,8 @@ async def _complete(asked: CompletionRequest, models: Models) -> Response:
     except KeyError:
         raise _unknown_model(asked.model, models.files()) from None
     _require_bounds(asked, worker)
-    prompts = [await _prompt(given, asked, worker) for given in asked.prompts()]
+    with worker.used():
+        prompts = [await _prompt(given, asked, worker) for given in asked.prompts()]
     settings, first = asked.sampling(worker.model.tokenizer.vocab_size), new_seed() if asked.seed is None else asked.seed
     requests = [generate.Request(prompt.ids, settings, (first + i) % 2**63, asked.logprobs or 0) for prompt in prompts for i in range(asked.n)]
     answer = Answer(asked, prompts, worker.model.tokenizer)
@@ -122,7 +124,11 @@ async def _leaving(request: Request) -> None:
 
 
 async def _encoded(text: str, tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.encode(text) if len(text) < QUICK else await asyncio.to_thread(tokenizer.encode, text)
+    """Errors: `ApiError` for half a surrogate pair."""
+    try:
+        return tokenizer.encode(text) if len(text) < QUICK else await asyncio.to_thread(tokenizer.encode, text)
+    except UserError as error:
+        raise ApiError(400, f"prompt: {error}", "prompt", "invalid_value") from error
 
 
 async def _prompt(given: str | list[int], asked: CompletionRequest, worker: Worker) -> Prompt:

@@ -52,13 +52,14 @@ class Models:
     async def open(self, name: str) -> Worker:
         """The worker of a model, whose model is loaded. A model that training has replaced meanwhile is loaded anew as soon as no text is under way.
 
+        Who does not submit or call at once keeps it with `Worker.used`.
         Errors: `KeyError` for a name that is not there, `UserError` for a file that holds no model, `Busy` where too many others are at work.
         """
         file = self.files()[name]
         state = file.stat()
         version = (state.st_mtime_ns, state.st_size)
         worker, loaded = self._workers.pop(name, (None, version))
-        if worker is not None and loaded != version and not worker.open:
+        if worker is not None and loaded != version and worker.idle:
             worker.retire()
             worker = None
         if worker is None:
@@ -80,7 +81,7 @@ class Models:
 
     def _make_room(self) -> None:
         if len(self._workers) >= LOADED:
-            idle = next((name for name, (worker, _) in self._workers.items() if not worker.open), None)
+            idle = next((name for name, (worker, _) in self._workers.items() if worker.idle), None)
             if idle is None:
                 raise Busy(1.0)
             self._workers.pop(idle)[0].retire()

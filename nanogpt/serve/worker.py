@@ -13,7 +13,8 @@ import math
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from nanogpt.generate import Engine, Piece, Request, Text
@@ -87,7 +88,7 @@ class Worker:
         self, name: str, load: Callable[[], Model], engine: Callable[[Model], Engine], rows: int, queue_length: int, metrics: Metrics
     ):  # fmt: skip
         """`load` and `engine`, which make the model and its engine of so many rows, run in the worker's thread."""
-        self.name, self.rows, self.places, self.open = name, rows, rows + queue_length, 0
+        self.name, self.rows, self.places, self.open, self.users = name, rows, rows + queue_length, 0, 0
         self.model: Model
         self.context_length: int
         self._metrics, self._loop, self._text_seconds = metrics, asyncio.get_running_loop(), 1.0
@@ -98,7 +99,8 @@ class Worker:
 
     async def loaded(self) -> None:
         """Wait until the model is there. Errors: what loading it raised."""
-        await asyncio.shield(self._loaded)  # others wait for it too
+        with self.used():
+            await asyncio.shield(self._loaded)  # others wait for it too
 
     def submit(self, requests: Sequence[Request], streamed: bool, seconds: float) -> Job:
         """Have texts written, for at most so many seconds. Errors: `Busy` where there is no place for all of them."""
@@ -130,7 +132,22 @@ class Worker:
                 self._tell(_settle, made, result, None)
 
         self._inbox.put(run)
-        return await made
+        with self.used():
+            return await made
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Keep it at work, even if no text is under way."""
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody would miss it."""
+        return not self.open and not self.users
 
     @property
     def active(self) -> int:
