@@ -74,10 +74,10 @@ class Evaluation(Loss):
 class Model:
     """A trained model: what `train` and `load` give."""
 
-    def __init__(self, parts: checkpoint.Parts, place: machine.Machine, path: Path, prepared: Prepared | None = None, as_asked: bool = False):
-        """`as_asked`: the precision was asked for, and so is that of writing too."""
+    def __init__(self, parts: checkpoint.Parts, place: machine.Machine, path: Path, prepared: Prepared | None = None, dtype: str = "auto"):
+        """`dtype` is the precision that was asked for, which is that of writing too."""
         self._model, self._machine, self._path, self._text = parts.model, place, path, prepared
-        self._writer = place if as_asked else place.for_single_rows()
+        self._dtype = dtype
         self._decoders: dict[int, generate.Decoder] = {}  # that nobody uses, by their rows
         self.tokenizer: Tokenizer = parts.tokenizer
         self.summary: dict[str, Any] = parts.summary
@@ -119,12 +119,12 @@ class Model:
         finally:
             self._decoders[rows] = decoder
 
-    def engine(self, rows: int, deterministic: bool = False) -> generate.Engine:
-        """An engine for up to `rows` texts at a time, which join and leave as they come; `deterministic`, each is bit for bit what it would be alone."""
-        return generate.Engine(self._decoder(rows, deterministic), self.tokenizer, self.summary["unused"])
+    def engine(self, rows: int) -> generate.Engine:
+        """An engine for up to `rows` texts at a time, which join and leave as they come."""
+        return generate.Engine(self._decoder(rows), self.tokenizer, self.summary["unused"])
 
-    def _decoder(self, rows: int, deterministic: bool = False) -> generate.Decoder:
-        return generate.TorchDecoder(self._model, self._writer, rows, deterministic)
+    def _decoder(self, rows: int) -> generate.Decoder:
+        return generate.open_decoder(self._model, self._machine, self._dtype, rows)
 
     def evaluate(
         self, *text: str | os.PathLike[str], context_length: int | None = None, encoding: str | None = None, field: str | None = None, by_position: bool = False
@@ -213,14 +213,21 @@ class Model:
 
 
 def load(path: str | os.PathLike[str], **settings: Any) -> Model:
-    """Open a run folder or a model file. `settings` may name `device`, `dtype` and `threads`.
+    """Open a run folder or a model file. `settings` may name `device`, `dtype`, `threads` and `deterministic`.
+
+    With `dtype` int8 the weights of all products are rounded to it, also for `evaluate`, which so tells what that costs. `deterministic`: the text of a
+    seed is the same bit for bit whatever is written beside it.
 
     Errors: `UserError` for a path that holds no model, a damaged file, a pickle, or a device that is not there.
     """
     if wrong := [name for name in settings if name not in PlaceConfig.model_fields]:
-        raise UserError(f"A model that is loaded keeps its settings: {', '.join(wrong)} cannot be given.", "load takes device, dtype and threads.")
-    place = machine.choose(resolve(settings).machine)
-    return Model(checkpoint.load(os.fspath(path), place.device), place, Path(path), as_asked=settings.get("dtype", "auto") != "auto")
+        raise UserError(f"A model that is loaded keeps its settings: {', '.join(wrong)} cannot be given.", f"load takes {', '.join(PlaceConfig.model_fields)}.")
+    dtype = settings.get("dtype", "auto")
+    place = machine.choose(resolve(settings | {"dtype": "float32" if dtype == "int8" else dtype}).machine)
+    parts = checkpoint.load(os.fspath(path), place.device)
+    if dtype == "int8":
+        parts = replace(parts, model=generate.dequantized(parts.model, dtype))
+    return Model(parts, place, Path(path), dtype=dtype)
 
 
 def train(

@@ -4,12 +4,15 @@ In: a model file, a run folder, or a folder of runs. Out: a `Worker` for a name.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nanogpt import library
 from nanogpt.config import PlaceConfig, ServeConfig
 from nanogpt.errors import UserError
 from nanogpt.serve.metrics import Metrics
 from nanogpt.serve.worker import Busy, Worker
+
+if TYPE_CHECKING:
+    from nanogpt.library import Model
 
 LOADED = 4  # models at a time; each has the keys and values of all its rows
 
@@ -17,9 +20,9 @@ LOADED = 4  # models at a time; each has the keys and values of all its rows
 class Models:
     """The models in a folder, and those of them that are at work. Belongs to one event loop."""
 
-    def __init__(self, path: Path, settings: ServeConfig = ServeConfig(), place: PlaceConfig = PlaceConfig(), deterministic: bool = False):
+    def __init__(self, path: Path, settings: ServeConfig = ServeConfig(), place: PlaceConfig = PlaceConfig()):
         """Errors: `UserError` where there is neither a model nor a run."""
-        self.path, self.settings, self.place, self.deterministic = path, settings, place, deterministic
+        self.path, self.settings, self.place = path, settings, place
         self.metrics = Metrics()
         self._workers: dict[str, tuple[Worker, tuple[int, int]]] = {}  # with the file's time and size; the last asked for at the end
         if not path.exists():
@@ -87,8 +90,10 @@ class Models:
             self._workers.pop(idle)[0].retire()
 
     def _start(self, name: str, file: Path) -> Worker:
-        def load() -> library.Model:
+        def load() -> "Model":
+            from nanogpt import library  # and PyTorch with it, which a folder of runs does without until a model is asked for
+
             return library.load(file, **self.place.model_dump(exclude_unset=True))
 
         rows = self.settings.rows
-        return Worker(name, load, lambda model: model.engine(rows, self.deterministic), rows, self.settings.queue, self.metrics)
+        return Worker(name, load, lambda model: model.engine(rows), rows, self.settings.queue, self.metrics)
