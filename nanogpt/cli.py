@@ -179,6 +179,8 @@ def serve(
     from nanogpt.serve.models import Models
 
     models = Models(model, server, machine)
+    if models.only is not None:
+        print(f"Model    {models.only}, which is being loaded", flush=True)  # its decoder may have to be compiled first
     run(models, model, on_ready=lambda url: _show_server(url, models.names, server.api_key is not None))
 
 

@@ -58,11 +58,11 @@ class Server:
         self.host, self.port = re.fullmatch(r"http://([\d.]+):(\d+)", url).groups()
 
     def client(self, **options):
-        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60} | options)
+        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 300} | options)
 
     def ask(self, method, path, body=None, headers=None):
         """Status and content of an answer, by plain HTTP."""
-        connection = http.client.HTTPConnection(self.host, int(self.port), timeout=60)
+        connection = http.client.HTTPConnection(self.host, int(self.port), timeout=300)
         try:
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()
@@ -91,11 +91,21 @@ def serving(path, *words, env=None):
     command = [sys.executable, "-m", "nanogpt", "serve", str(path), "--port", "0", *HERE, *map(str, words)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | (env or {}))
     try:
-        yield Server(process, re.fullmatch(r"Page +(http://\S+)/\n", process.stdout.readline())[1])
+        while not (address := re.fullmatch(r"Page +(http://\S+)/\n", line := process.stdout.readline())):
+            assert line, f"it ended with {process.wait()}"
+        yield Server(process, address[1])
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_cache(measured):
+    """What outlives a test uses what was compiled for all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(measured))
+        yield
 
 
 @pytest.fixture(scope="module")
