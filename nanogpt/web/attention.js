@@ -109,8 +109,8 @@ export function attentionView() {
     text.choose(view.place);
     const strongest = shares.map((share, j) => [share, j]).filter(([share]) => share >= FAINT).sort((a, b) => b[0] - a[0]).slice(0, ARCS);
     drawArcs(strongest);
-    const words = strongest.slice(0, 3).map(([share, j]) => `${percent(share)} on ${j === view.place ? "itself" : `“${nameOf(found.pieces[j])}” ${view.place - j} back`}`);
-    reading.textContent = `“${nameOf(found.pieces[view.place])}” looks: ${words.join(", ") || "everywhere a little"}.`;
+    const words = strongest.slice(0, 3).map(([share, j]) => `${percent(share)} to ${j === view.place ? "itself" : `“${nameOf(found.pieces[j])}”, ${view.place - j} back`}`);
+    reading.textContent = `“${nameOf(found.pieces[view.place])}” attends: ${words.join("; ") || "everywhere a little"}.`;
   }
 
   function drawArcs(strongest) {
