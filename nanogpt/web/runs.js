@@ -13,8 +13,7 @@ const STATES = { finished: "finished", training: "training now", stopped: "stopp
 export function runsTab(panel, model) {
   const view = { shown: false, runs: [], chosen: new Map(), focus: "", options: { axis: "step", bits: true, logX: false, logY: false } };
   const list = el("ul", { className: "run-list", "aria-label": "Runs" });
-  const empty = el("div", { className: "empty", hidden: true }, el("h2", {}, "No runs yet"),
-    el("p", {}, "Train a model on a text of yours; it will appear here and you can watch it learn:"), el("pre", {}, "nanogpt train book.txt --open"));  // prettier-ignore
+  const empty = noRuns();
   const header = el("header", { className: "run-header" });
   const charts = makeCharts(view);
   const samples = makeSamples();
@@ -72,6 +71,12 @@ export function runsTab(panel, model) {
   setInterval(tick, EVERY);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => ((view.redraw = true), tick()));
   return { show: () => ((view.shown = view.redraw = true), tick()), hide: () => (view.shown = false) };
+}
+
+/** What stands there while there is no run. */
+function noRuns() {
+  const [title, words] = [el("h2", {}, "No runs yet"), el("p", {}, "Train a model on a text of yours; it will appear here and you can watch it learn:")];
+  return el("div", { className: "empty", hidden: true }, title, words, el("pre", {}, "nanogpt train book.txt --open"));
 }
 
 /** The colour of a run: the same as long as it is in the list. */
