@@ -127,21 +127,23 @@ class PlaceConfig(Section):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes a GPU if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the matrix products; auto is the faster."""
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Precision of the matrices; auto is the fastest that hardly changes a loss, float32 the exact one, int8 rounds their weights."""
     threads: Annotated[int | None, Field(ge=1, le=1024)] = None
     """CPU threads. [default: one per core, or fewer where that is faster]"""
+    deterministic: Annotated[bool, Parameter(negative="")] = False
+    """Only what repeats bit for bit, on GPUs too and whatever is computed beside it, where that is slower."""
 
 
 class MachineConfig(PlaceConfig):
     """How the training step runs there."""
 
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the matrix products; auto is the faster."""
     compile: bool | None = None
     """Have torch.compile write the training step for this machine. [default: where that pays for itself within the run]"""
     attention: Literal["auto", "fused", "plain"] = "auto"
     """fused is one kernel, plain a softmax between two products; auto is the faster."""
-    deterministic: Annotated[bool, Parameter(negative="")] = False
-    """Only kernels that repeat bit for bit, on GPUs too, where that is slower."""
 
 
 class Config(Section):

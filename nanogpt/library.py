@@ -76,10 +76,10 @@ class Evaluation(Loss):
 class Model:
     """A trained model: what `train` and `load` give."""
 
-    def __init__(self, parts: checkpoint.Parts, place: machine.Machine, path: Path, prepared: Prepared | None = None, as_asked: bool = False):
-        """`as_asked`: the precision was asked for, and so is that of writing too."""
+    def __init__(self, parts: checkpoint.Parts, place: machine.Machine, path: Path, prepared: Prepared | None = None, dtype: str = "auto"):
+        """`dtype` is the precision that was asked for, which is that of writing too."""
         self._model, self._machine, self._path, self._text = parts.model, place, path, prepared
-        self._writer = place if as_asked else place.for_single_rows()
+        self._dtype = dtype
         self._index: Index | None = None
         self._decoders: dict[int, generate.Decoder] = {}  # that nobody uses, by their rows
         self.tokenizer: Tokenizer = parts.tokenizer
@@ -122,12 +122,12 @@ class Model:
         finally:
             self._decoders[rows] = decoder
 
-    def engine(self, rows: int, deterministic: bool = False) -> generate.Engine:
-        """An engine for up to `rows` texts at a time, which join and leave as they come; `deterministic`, each is bit for bit what it would be alone."""
-        return generate.Engine(self._decoder(rows, deterministic), self.tokenizer, self.summary["unused"])
+    def engine(self, rows: int) -> generate.Engine:
+        """An engine for up to `rows` texts at a time, which join and leave as they come."""
+        return generate.Engine(self._decoder(rows), self.tokenizer, self.summary["unused"])
 
-    def _decoder(self, rows: int, deterministic: bool = False) -> generate.Decoder:
-        return generate.TorchDecoder(self._model, self._writer, rows, deterministic)
+    def _decoder(self, rows: int) -> generate.Decoder:
+        return generate.open_decoder(self._model, self._machine, self._dtype, rows)
 
     def evaluate(
         self, *text: str | os.PathLike[str], context_length: int | None = None, encoding: str | None = None, field: str | None = None, by_position: bool = False
@@ -180,9 +180,19 @@ class Model:
     def look(self, text: str) -> Look:
         """What happens inside the model while it reads a text, and what of it stands in the training text: see `look.Look`, whose methods give plain data."""
         start = generate.encode_prompt(self.tokenizer, None, self.summary["unused"], self._model.config.context_length)[0]
-        return Look(
-            text, self._model, self.tokenizer, self._machine, start, self.summary["unused"], self._copies_index, lambda: self._training_text().val
-        )
+        index, held_out = self._copies_index, lambda: self._training_text().val
+        return Look(text, self._model, self.tokenizer, self._machine, start, self.summary["unused"], index, held_out, self._sources)
+
+    def _sources(self) -> Iterator[tuple[str, str]]:
+        """The names and the texts of the documents that the model was trained on, or that were held out, as they lie on the disk now."""
+        about = self._training_text().about
+        if "-" in about["sources"] or any(is_prepared(source) for source in about["sources"]):
+            return
+        with warnings.catch_warnings():  # what is left out was said when the run began
+            warnings.simplefilter("ignore", Notice)
+            sources = expand(about["sources"], about["text"]["encoding"], about["text"]["field"])
+        for source in sources:
+            yield from ((source.name, "".join(chunks)) for chunks in source.documents())
 
     def _copies_index(self) -> Index:
         """The index of the training text, which is opened once, and lies in the run folder."""
@@ -243,14 +253,21 @@ class Model:
 
 
 def load(path: str | os.PathLike[str], **settings: Any) -> Model:
-    """Open a run folder or a model file. `settings` may name `device`, `dtype` and `threads`.
+    """Open a run folder or a model file. `settings` may name `device`, `dtype`, `threads` and `deterministic`.
+
+    With `dtype` int8 the weights of all products are rounded to it, also for `evaluate`, which so tells what that costs. `deterministic`: the text of a
+    seed is the same bit for bit whatever is written beside it.
 
     Errors: `UserError` for a path that holds no model, a damaged file, a pickle, or a device that is not there.
     """
     if wrong := [name for name in settings if name not in PlaceConfig.model_fields]:
-        raise UserError(f"A model that is loaded keeps its settings: {', '.join(wrong)} cannot be given.", "load takes device, dtype and threads.")
-    place = machine.choose(resolve(settings).machine)
-    return Model(checkpoint.load(os.fspath(path), place.device), place, Path(path), as_asked=settings.get("dtype", "auto") != "auto")
+        raise UserError(f"A model that is loaded keeps its settings: {', '.join(wrong)} cannot be given.", f"load takes {', '.join(PlaceConfig.model_fields)}.")
+    dtype = settings.get("dtype", "auto")
+    place = machine.choose(resolve(settings | {"dtype": "float32" if dtype == "int8" else dtype}).machine)
+    parts = checkpoint.load(os.fspath(path), place.device)
+    if dtype == "int8":
+        parts = replace(parts, model=generate.dequantized(parts.model, dtype))
+    return Model(parts, place, Path(path), dtype=dtype)
 
 
 def train(

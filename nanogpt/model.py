@@ -14,7 +14,7 @@ B batch, T time, C channels (n_embd), H query heads, K key and value heads, D ch
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -41,24 +41,25 @@ class KVCache:
 
     @classmethod
     def empty(cls, config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype) -> "KVCache":
+        """Room for so many rows. What a mask hides is multiplied by 0, so it must be a number already."""
         shape = (config.n_layer, rows, config.n_kv_head or config.n_head, config.context_length, config.n_embd // config.n_head)
-        zeros = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))  # what a mask hides is multiplied by 0, so it must be a number
-        return cls(*zeros, np.zeros(rows, np.int64))
+        return cls(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype), np.zeros(rows, np.int64))
 
     def __getitem__(self, rows: slice) -> "KVCache":
         return KVCache(self.k[:, rows], self.v[:, rows], self.lengths[rows])
 
     def take(self, T: int) -> Tensor:
         """Make room for T tokens behind those of each row, one where the rows differ in length; give their positions (B, T), or (1, T) for all rows."""
-        starts = torch.from_numpy(self.lengths.copy())
-        self.lengths += T  # in place: the rows may be some of a larger cache
-        self.end, self.level = int(self.lengths.max()), bool((self.lengths == self.lengths[0]).all())
+        self.end, self.level = int(self.lengths.max()) + T, len(set(self.lengths.tolist())) == 1
         assert T == 1 or self.level, "several tokens for rows of unequal lengths"
         assert self.end <= self.k.shape[3], "more tokens than the context holds"
-        positions = (starts[:1] if self.level else starts)[:, None] + torch.arange(T)
-        self.places = positions[:, 0].to(self.k.device, non_blocking=True)
-        self.every = torch.arange(len(starts), device=self.k.device)
-        return positions.to(self.k.device, non_blocking=True)
+        if self.level:
+            positions = torch.arange(self.end - T, self.end, device=self.k.device).unsqueeze(0)
+        else:
+            positions = torch.from_numpy(self.lengths[:, None].copy()).to(self.k.device)
+            self.places = torch.arange(len(positions), device=self.k.device), positions[:, 0]
+        self.lengths += T  # in place: these may be some of the rows of a larger cache
+        return positions
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put the (B, K, T, D) of new tokens where `take` made room; give those of the layer, (B, K, S, D), up to the last place that any row has taken."""
@@ -67,7 +68,8 @@ class KVCache:
             if self.level:
                 room[:, :, self.end - new.shape[2] : self.end] = new
             else:
-                room[self.every, :, self.places] = new[:, :, 0]
+                rows, places = self.places
+                room[rows, :, places] = new[:, :, 0]
         return kept[0][:, :, : self.end], kept[1][:, :, : self.end]
 
 
@@ -129,10 +131,13 @@ class Attention(nn.Module):
         q, k, v = self.heads(x, turn)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, K, S, D)
-        k, v = self.share(k), self.share(v)  # (B, H, S, D)
+        if T == 1:
+            q = q.view(B, self.n_kv_head, -1, self.head_dim)  # queries that share keys go together, like tokens that all see the same: (B, K, H / K, D)
+        else:
+            k, v = self.share(k), self.share(v)  # (B, H, S, D)
         at_once = T <= QUERIES or self.is_causal(T, k.shape[2], key)
-        y = self.attend(q, k, v, mask, key) if at_once else self.attend_by_blocks(q, k, v, key)  # (B, H, T, D)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        y = self.attend(q, k, v, mask, key, causal=T > 1) if at_once else self.attend_by_blocks(q, k, v, key)
+        return self.proj(y.reshape(B, self.n_head, T, self.head_dim).transpose(1, 2).reshape(B, T, C))
 
     def heads(self, x: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> queries (B, H, T, D), keys and values (B, K, T, D), normalised and turned where the shape is modern."""
@@ -151,10 +156,11 @@ class Attention(nn.Module):
         """Whether T queries and S keys need no mask: a kernel knows which come before which, or all do."""
         return self.window is None and (T == 1 or (self.is_fused(key) and T == S))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key: Tensor | None) -> Tensor:
-        """q (B, H, T, D), k and v (B, H, S, D), mask (T, S), or with B or 1 of them in (B, 1, T, S), or None -> (B, H, T, D)."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key: Tensor | None, causal: bool) -> Tensor:
+        """q (B, H, T, D), k and v (B, H, S, D), mask (T, S) or, for each row or all, (B, 1, T, S) -> (B, H, T, D). Without a mask each token sees what came
+        before it if `causal`, else all."""
         if self.is_fused(key):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), is_causal=mask is None and q.shape[2] > 1)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), is_causal=causal and mask is None)
         return dropout(self.weights(q, k, mask), self.dropout, key) @ v
 
     def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
@@ -172,7 +178,7 @@ class Attention(nn.Module):
 
         def attend(q: Tensor, k: Tensor, v: Tensor, first: int, key: Tensor | None) -> Tensor:
             positions = torch.arange(first, first + q.shape[2], device=q.device)
-            return self.attend(q, k, v, causal_mask(positions, k.shape[2], self.window), key)
+            return self.attend(q, k, v, causal_mask(positions, k.shape[2], self.window), key, causal=True)
 
         y, T, S = torch.empty_like(q), q.shape[2], k.shape[2]
         rows = QUERIES if self.window is not None else max(1, QUERIES**2 // S)
@@ -346,7 +352,7 @@ class GPT(nn.Module):
 
     def trunk(self, idx: Tensor, keys: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """idx (B, T) -> the stream after the last normalisation, (B, T, C). With a cache, idx continues what it holds."""
-        T, attn = idx.shape[1], self.blocks[0].attn
+        T, attn = idx.shape[1], cast(Attention, self.blocks[0].attn)  # all are alike
         assert cache is not None or self.config.context_length >= T, "more tokens than the context holds"
         positions = torch.arange(T, device=idx.device).unsqueeze(0) if cache is None else cache.take(T)  # (B, T), or (1, T) for all rows
         S = T if cache is None else cache.end

@@ -26,11 +26,12 @@ SURFACE = {
     "--n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --optimizer --patience --rope-base --seed --steps "
     "--threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay --window",
     "prepare": "--cross-documents --encoding --field --json --no-cross-documents --out --shard --tokenizer --val --val-bytes --vocab-size",
-    "sample": "--device --dtype --encoding --json --max-tokens --min-p --n --prompt --prompt-file --seed --stop --strict --temperature --threads "
+    "sample": "--deterministic --device --dtype --encoding --json --max-tokens --min-p --n --prompt --prompt-file --repetition-penalty --seed --stop --strict --temperature --threads "
     "--top-k --top-p",
-    "eval": "--by-position --context-length --device --dtype --encoding --field --json --threads",
+    "eval": "--by-position --context-length --deterministic --device --dtype --encoding --field --json --threads",
     "compare": "--json --plot",
     "serve": "--api-key --deterministic --device --dtype --host --port --queue --rows --seconds --threads",
+    "look": "--attention --copies --device --dtype --encoding --html --json --layer --neuron --neurons --surprise --text --threads",
 }
 SMALL = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | {"steps": 4, "eval_every": 2, "dropout": 0}).items()]
 

@@ -16,7 +16,7 @@ from nanogpt.errors import Notice, UserError
 from nanogpt.generate import filters
 from nanogpt.tokenizer import train_tokenizer
 
-LETTERS = train_tokenizer("char", ["abcdefgh"])  # 256 bytes, the document's end, 8 letters
+LETTERS = train_tokenizer("char", ["abcdefgh"])  # 8 letters, 256 bytes, the end of a document
 V = LETTERS.vocab_size
 
 

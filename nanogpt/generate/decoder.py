@@ -3,12 +3,14 @@
 In: token ids, for each text in its own row. Out: logits of the token that follows. A row that is full can only be begun anew.
 """
 
+import importlib.util
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 
+from nanogpt.generate.quantize import Precision
 from nanogpt.machine import Machine
 from nanogpt.model import GPT, KVCache
 
@@ -36,10 +38,19 @@ class TorchDecoder:
         self.model, self.machine, self.rows, self.deterministic = model, machine, rows, deterministic
         self.context_length, self.vocab_size = model.config.context_length, model.vocab_size
         self.cache = KVCache.empty(model.config, rows, machine.device, machine.dtype)
+        self.begun: list[tuple[tuple[int, ...], np.ndarray] | None] = [None] * rows  # with which ids, and what logits followed
 
     def prefill(self, row: int, ids: Sequence[int]) -> np.ndarray:
-        self.cache.lengths[row] = 0
-        return self._read([list(ids)], row)[0]
+        ids = tuple(ids)
+        same = next((other for other, begun in enumerate(self.begun) if begun is not None and begun[0] == ids), None)
+        if same is None:
+            self.cache.lengths[row] = 0
+            self.begun[row] = ids, self._read([ids], row)[0]
+        else:  # texts of one prompt share the reading of it
+            for part in (self.cache.k, self.cache.v):
+                part[:, row, :, : len(ids)] = part[:, same, :, : len(ids)]
+            self.cache.lengths[row], self.begun[row] = len(ids), self.begun[same]
+        return self.begun[row][1].copy()  # type: ignore[index]
 
     def decode(self, rows: Sequence[int], ids: Sequence[int]) -> np.ndarray:
         if self.deterministic:
@@ -61,3 +72,12 @@ class TorchDecoder:
         idx = torch.as_tensor(ids, device=self.machine.device)
         with self.machine.autocast():
             return self.model.next_logits(idx, self.cache[first : first + len(idx)]).float().cpu().numpy()
+
+
+def open_decoder(model: GPT, machine: Machine, dtype: str = "auto", rows: int = 1) -> Decoder:
+    """The fastest decoder for the machine: on a CPU the one that Numba compiles, where it is installed, else PyTorch's. `dtype` is that of the settings."""
+    if machine.device.type == "cpu" and importlib.util.find_spec("numba"):
+        from nanogpt.generate.fast import FastDecoder
+
+        return FastDecoder(model, cast(Precision, "int8" if dtype == "auto" else dtype), rows, machine.threads)
+    return TorchDecoder(model, machine.for_single_rows() if dtype == "auto" else machine, rows, machine.deterministic)

@@ -5,7 +5,7 @@ In: a model, a text, and for copies the tokens it was trained on. Out: a `Look`,
 `inside` is what happens while the model reads the text, `copies` what of the text stands verbatim in the training text; `html` and `terminal` draw both.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -18,13 +18,15 @@ from nanogpt.machine import Machine
 from nanogpt.model import GPT
 from nanogpt.tokenizer import Tokenizer
 
+MOST_READ = 50_000_000  # bytes of a text that are read again for the names of its files
+
 
 @dataclass(frozen=True)
 class Look:
     """A text under a model's eyes; each method computes what it gives. In a notebook it shows the surprise.
 
     `start` is the token that begins a text, `unused` are ranges of tokens that the model never saw; `index` opens the index of its training text, and
-    `held_out` the validation split, both or a `UserError` where these are gone.
+    `held_out` the validation split, both or a `UserError` where these are gone; `sources` reads the texts of the run again, each with its name.
     """
 
     text: str
@@ -35,6 +37,7 @@ class Look:
     unused: Sequence[Sequence[int]]
     index: Callable[[], Index]
     held_out: Callable[[], Tokens]
+    sources: Callable[[], Iterable[tuple[str, str]]]
 
     def surprise(self, n_alternatives: int = 10) -> Surprise:
         """See `inside.surprise`."""
@@ -60,8 +63,12 @@ class Look:
         return inside.embedding(self.model, self.tokenizer, self.unused)
 
     def copies(self) -> Copies:
-        """See `copies.copies`. Errors: `UserError` where the training text is gone."""
-        return copies.copies(self.index(), self.text)
+        """See `copies.copies` and `copies.named`. Errors: `UserError` where the training text is gone."""
+        found = copies.copies(self.index(), self.text)
+        with suppress(UserError, OSError):  # its tokens may outlive it
+            if found.passages and found.indexed_bytes <= MOST_READ:
+                return copies.named(found, self.sources())
+        return found
 
     def _repr_html_(self) -> str:
         return self.surprise()._repr_html_()

@@ -14,8 +14,9 @@ The list lies in the run folder, half a byte for each byte of the text; the text
 import hashlib
 import json
 import statistics
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Passage:
     """Characters `start` to `end` of a text, which stand verbatim in the training text; they are `bytes` bytes of UTF-8.
 
     Where: in the training document number `document` (from 1), in its line `line` (from 1), behind `characters` characters. Of several places it is the first
-    that was found. `before` and `after` is what stands around it there.
+    that was found. `before` and `after` is what stands around it there. `source` names the document, where its source is still at hand (see `named`).
     """
 
     start: int
@@ -57,6 +58,7 @@ class Passage:
     characters: int
     before: str
     after: str
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,8 @@ class Copies:
         if not fresh.windows:
             return f"{found}. There is no fresh text as long to compare with."
         judged = "It recites" if self.recites else "No more than fresh text"
-        also = f"{fresh.as_much:,} of them {'copies' if fresh.as_much == 1 else 'copy'} as much" if self.passages else f"{fresh.longest:,.0f} bytes at a time"
-        return f"{judged}: {found}. In {fresh.windows:,} stretches of fresh text as long it is {fresh.share:.1%} (median); {also}."
+        as_much = f"; {fresh.as_much or 'none'} of them {'copies' if fresh.as_much < 2 else 'copy'} as much" if self.passages else ""
+        return f"{judged}: {found}. In {fresh.windows:,} stretches of fresh text as long it is {fresh.share:.1%} (median){as_much}."
 
     def asdict(self) -> dict[str, Any]:
         """For JSON: the fields, and `longest`, `recites` and `sentence`."""
@@ -273,6 +275,21 @@ def copies(index: Index, text: str) -> Copies:
     return Copies(text, passages, measured[0], LEAST, _fresh(index, len(utf8), measured), index.size, len(index.documents), index.whole)
 
 
+def named(found: Copies, sources: Iterable[tuple[str, str]]) -> Copies:
+    """The same, with a name for the source of each passage: of (name, text) pairs the first that has it there with the same around it."""
+    open_ones, names = dict(enumerate(found.passages)), [""] * len(found.passages)
+    for name, text in sources:
+        for i, passage in list(open_ones.items()):
+            begin = passage.characters - len(passage.before)
+            there = passage.before + found.text[passage.start : passage.end] + passage.after
+            if text.startswith(there, begin):
+                names[i] = name
+                del open_ones[i]
+        if not open_ones:
+            break
+    return replace(found, passages=[replace(passage, source=name) for passage, name in zip(found.passages, names, strict=True)])
+
+
 def _measure(starts: np.ndarray, ends: np.ndarray, size: int) -> tuple[float, int]:
     """Of matches in a text of `size` bytes: the share of it that they cover, and the bytes of the longest."""
     change = np.bincount(starts, minlength=size + 1) - np.bincount(ends, minlength=size + 1)
@@ -322,9 +339,9 @@ def _matches(index: Index, text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
     if len(follows):
         follows[0] = False
     last = np.append(~follows[1:], True)[: len(follows)]
-    starts = (offset - left)[~follows]
-    ends = np.array([_end(index, text, *each) for each in zip((offset + right)[last].tolist(), (place + right)[last].tolist(), strict=True)], np.int64)
-    return starts, ends, (place - left)[~follows]
+    ends, far = (offset + right)[last], right[last] == LEAST  # which goes on beyond what was compared
+    ends[far] = [_end(index, text, *each) for each in zip(ends[far].tolist(), (place + right)[last][far].tolist(), strict=True)]
+    return (offset - left)[~follows], ends, (place - left)[~follows]
 
 
 def _candidates(keys: np.ndarray, prints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

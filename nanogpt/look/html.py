@@ -18,6 +18,7 @@ LABELS = 1500  # tokens that a map of the alphabet shows
 CONTEXT = 12  # tokens that are shown before a place
 SIDE = 640  # of the map, in pixels
 
+PAGE_STYLE = ":root { color-scheme: light dark; } body { margin: 2rem; font-family: system-ui, sans-serif; }"
 STYLE = """<style>
 .look { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; }
 .look pre { font: 15px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -68,11 +69,8 @@ ATTENTION_SCRIPT = """<script>
 
 def page(title: str, fragment: str) -> str:
     """A fragment as a page of its own."""
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escaped(title)}</title>'
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}<style>:root {{ color-scheme: light dark; }} body {{ margin: 2rem; }}</style></head>\n'
-        f"<body><h1>{escaped(title)}</h1>\n{fragment}\n</body></html>\n"
-    )
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escaped(title)}</title><style>{PAGE_STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><h1>{escaped(title)}</h1>\n{fragment}\n</body></html>\n'
 
 
 def surprise(found: Surprise) -> str:
@@ -106,7 +104,7 @@ def attention(found: Attention) -> str:
     text = "".join(_span(piece, 0.0, repr(piece)) for piece in found.pieces)
     return _look(
         f'<p>{said} Choose a map, then a token: <b class="head"></b></p><pre>{text}</pre>',
-        f'<div class="maps" style="grid-template-columns: repeat({n_head}, minmax(0, 1fr))">{maps}</div>',
+        f'<div class="maps" style="grid-template-columns: repeat({n_head}, minmax(0, 16rem))">{maps}</div>',
         ATTENTION_SCRIPT,
     )
 
@@ -149,10 +147,10 @@ def copies(found: Copies) -> str:
         at = passage.end
     text.append(escaped(found.text[at:]))
     rows = [
-        [f"{passage.bytes:,}", f"{passage.document:,}", f"{passage.line:,}", f"…{passage.before}[…]{passage.after}…", found.text[passage.start : passage.end]]
-        for passage in found.passages
+        [f"{p.bytes:,}", p.source or f"document {p.document:,}", f"{p.line:,}", f"…{p.before}[…]{p.after}…", found.text[p.start : p.end]]
+        for p in found.passages
     ]
-    table = _table(["bytes", "document", "line", "stands between", "passage"], rows, (0, 1, 2)) if rows else ""
+    table = _table(["bytes", "in", "line", "stands between", "passage"], rows, (0, 2)) if rows else ""
     return _look(f"<p>{escaped(found.sentence)}</p><pre>{''.join(text)}</pre>", table)
 
 

@@ -55,8 +55,8 @@ def neurons(found: Neurons, shown: Shown) -> RenderableType:
     """The text as one neuron sees it, the neurons of its layer that vary most on it, and what excites the one in held-out text."""
     table = _table("neuron", "standard deviation", "highest after")
     for each in found.strongest[:MOST_NEURONS]:
-        places = (found.pieces[max(0, at - CONTEXT) : at + 1] for at in each.highest)
-        table.add_row(f"{each.neuron}", f"{each.spread:.3f}", shown("   ".join(_one_line("".join(place)) for place in places)))
+        places = "   ".join(_one_line("".join(found.pieces[max(0, at - CONTEXT) : at])) + _visible(found.pieces[at]) for at in each.highest)
+        table.add_row(f"{each.neuron}", f"{each.spread:.3f}", shown(places))
     parts: list[RenderableType] = [_activated(found.pieces, found.activations.tolist(), shown)]
     parts += [Text(f"\nNeuron {found.neuron} of layer {found.layer}. Those of this layer that vary most on this text:"), table]
     if found.excerpts:
@@ -67,11 +67,12 @@ def neurons(found: Neurons, shown: Shown) -> RenderableType:
 
 def copies(found: Copies, shown: Shown) -> RenderableType:
     """The verdict, and the passages with their places."""
-    table = _table("bytes", "at character", "in document", "line", "passage")
+    table = _table("bytes", "at character", "in", "line", "passage")
     for passage in found.passages:
         text = _one_line(found.text[passage.start : passage.end])
         text = text if len(text) <= COLUMNS else f"{text[: COLUMNS // 2]} … {text[-COLUMNS // 2 :]}"
-        table.add_row(*(f"{number:,}" for number in (passage.bytes, passage.start, passage.document, passage.line)), shown(text))
+        where = passage.source or f"document {passage.document:,}"
+        table.add_row(f"{passage.bytes:,}", f"{passage.start:,}", shown(_one_line(where)), f"{passage.line:,}", shown(text))
     return Group(Text(f"{found.sentence}\n"), table) if found.passages else Text(found.sentence)
 
 
@@ -99,6 +100,6 @@ def _visible(token: str) -> str:
 def _table(*head: str) -> Table:
     table = Table(*head, box=None, pad_edge=False)
     for column in table.columns:
-        if column.header not in ("after", "came", "likely there", "passage", "highest after"):
+        if column.header not in ("after", "came", "likely there", "in", "passage", "highest after"):
             column.justify = "right"
     return table

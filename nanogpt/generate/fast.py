@@ -1,0 +1,128 @@
+"""A decoder that Numba compiles for the processor at hand: many times as fast as PyTorch, whose products of one row take longer to begin than to do.
+
+In: a model, a precision, rows, threads. Out: a `Decoder`. Refuses: to be imported without Numba, which `pip install 'nanogpt[fast]'` brings.
+
+A text comes out the same, bit for bit, whatever the other rows hold and whether its tokens are read at once or one by one: see `kernels`.
+"""
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanogpt.errors import UserError
+from nanogpt.generate.quantize import Precision, head_matrix, rounded
+from nanogpt.model import EPSILON, GPT, turns
+
+try:
+    from nanogpt.generate import kernels
+except ModuleNotFoundError as error:
+    raise UserError(f"The fast way to write text needs {error.name}, which is not installed.", "Install it: pip install 'nanogpt[fast]'") from error
+
+AT_ONCE = 256  # tokens of a prompt: what goes from layer to layer stays in the processor's cache
+
+
+class FastDecoder:
+    """Room for `rows` texts, whose next tokens `threads` CPU threads compute together, with weights of `precision`. The model is only read, to build it."""
+
+    _together = threading.Lock()  # of all decoders in the process: Numba's threads do one thing at a time
+
+    def __init__(self, model: GPT, precision: Precision, rows: int = 1, threads: int = 1):
+        config, P = model.config, kernels.PANEL
+        self.rows, self.context_length, self.vocab_size = rows, config.context_length, model.vocab_size
+        self.threads = min(threads, kernels.most_threads())
+        self.lengths = np.zeros(rows, np.int64)
+        kv_heads, D = config.n_kv_head or config.n_head, config.n_embd // config.n_head
+        window = min(config.window or config.context_length, config.context_length)
+        epsilon = np.float32(EPSILON if config.arch == "modern" else model.ln_f.eps)
+        self._shape = kernels.Shape(config.arch == "modern", config.n_head, kv_heads, D, window, epsilon)
+        self._weights = packed(model, precision)
+        S = -(-config.context_length // P) * P
+        self._keys = np.zeros((config.n_layer, rows, kv_heads, S // P, D, P), np.float32)
+        self._values = np.zeros((config.n_layer, rows, kv_heads, -(-D // P), S, P), np.float32)
+
+    def prefill(self, row: int, ids: Sequence[int]) -> np.ndarray:
+        """Begin the row anew with ids, 1 to context_length of them -> (V,) float32, the logits of what follows."""
+        self.lengths[row] = 0
+        for begin in range(0, len(ids), AT_ONCE):
+            logits = self._read([row], [ids[begin : begin + AT_ONCE]])
+        return logits[0]
+
+    def decode(self, rows: Sequence[int], ids: Sequence[int]) -> np.ndarray:
+        """One more id for each of the rows, which are different ones, begun and not full -> (len(rows), V) float32."""
+        return self._read(rows, [[token] for token in ids])
+
+    def _read(self, rows: Sequence[int], ids: Sequence[Sequence[int]]) -> np.ndarray:
+        """Several ids behind what one row holds, or one behind what each of several holds -> (len(rows), V)."""
+        tokens, places = np.concatenate(ids, dtype=np.int64), np.array(rows, np.int64)
+        starts = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+        texts = kernels.Texts(places, starts, self.lengths[places])
+        self.lengths[places] += np.diff(starts)
+        assert self.lengths[places].max() <= self.context_length, "more tokens than the context holds"
+        assert 0 <= tokens.min() and tokens.max() < self.vocab_size, "no token of this model"
+        inputs = self._shape, self._weights, self._keys, self._values, texts, tokens, len(places)
+        if self.threads == 1:
+            return kernels.read_alone(*inputs)[:, : self.vocab_size]
+        with self._together:
+            kernels.use_threads(self.threads)
+            return kernels.read_together(*inputs)[:, : self.vocab_size]
+
+
+@torch.no_grad()
+def packed(model: GPT, precision: Precision) -> kernels.Weights:
+    """The model's weights, the matrices rounded and in panels, in the order in which they are read."""
+    config, blocks = model.config, list(model.blocks)
+    C, D = config.n_embd, config.n_embd // config.n_head
+    norms = [norm for block in blocks for norm in (block.ln_1, block.ln_2)] + [model.ln_f]
+    head = rounded(head_matrix(model), precision)
+    if config.arch == "modern":
+        embedding, positions = F.rms_norm(model.wte.weight, (C,), eps=EPSILON), torch.zeros(config.context_length, C)
+        turn = turns(torch.arange(config.context_length), D, config.rope_base)
+        head_norms = torch.stack([torch.stack([block.attn.q_norm.weight, block.attn.k_norm.weight]) for block in blocks])
+    else:
+        embedding, positions = head[0].float() * head[1][:, None], model.wpe.weight
+        turn, head_norms = torch.zeros(2, 0, 0), torch.zeros(len(blocks), 2, D)
+    return kernels.Weights(
+        embedding=as_numpy(embedding),
+        positions=as_numpy(positions),
+        turn=as_numpy(turn),
+        head_norms=as_numpy(head_norms),
+        norms=as_numpy(torch.stack([torch.stack([norm.weight, norm.bias if config.arch == "classic" else torch.zeros(C)]) for norm in norms])),
+        qkv=matrices([block.attn.qkv for block in blocks], precision),
+        proj=matrices([block.attn.proj for block in blocks], precision),
+        fc=matrices([block.mlp.fc for block in blocks], precision, parts=1 + (config.arch == "modern")),
+        mlp_proj=matrices([block.mlp.proj for block in blocks], precision),
+        head=stacked([panels(*head, torch.zeros(len(head[1])))]),
+    )
+
+
+def matrices(layers: Sequence[nn.Linear], precision: Precision, parts: int = 1) -> kernels.Matrices:
+    """A linear layer of each block, whose outputs are so many `parts` of one width, each in panels of its own."""
+    stacks = []
+    for layer in layers:
+        bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
+        chunks = zip(*(part.chunk(parts) for part in (*rounded(layer.weight, precision), bias)), strict=True)
+        stacks.append([torch.cat(part) for part in zip(*(panels(*chunk) for chunk in chunks), strict=True)])
+    return stacked(stacks)
+
+
+def panels(weight: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, K), (N,), (N,) -> (P, K, 64), (64 P,), (64 P,), filled up with zeros."""
+    missing = -len(weight) % kernels.PANEL
+    weight, scale, bias = F.pad(weight, (0, 0, 0, missing)), F.pad(scale, (0, missing)), F.pad(bias, (0, missing))
+    return weight.view(-1, kernels.PANEL, weight.shape[1]).transpose(1, 2), scale, bias
+
+
+def stacked(layers: Sequence[Sequence[Tensor]]) -> kernels.Matrices:
+    """The panels, the scales and the biases of all layers, each in one array."""
+    weight, scale, bias = (torch.stack(part) for part in zip(*layers, strict=True))
+    return as_numpy(weight), as_numpy(scale), as_numpy(bias)
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    """A copy, contiguous; of a bfloat16 its 16 bits, since NumPy has no such type."""
+    own = tensor.clone(memory_format=torch.contiguous_format)
+    return own.view(torch.uint16).numpy() if own.dtype == torch.bfloat16 else own.numpy()
