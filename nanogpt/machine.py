@@ -382,11 +382,11 @@ def _figures_file() -> Path:
 
 
 def _key(what: str, device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.node()} {_processor()} {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.node()} {processor()} {torch.get_num_threads()} threads"
     return f"{name}, torch {torch.__version__}: {what}"
 
 
-def _processor() -> str:
+def processor() -> str:
     """What the system calls its processor: only to notice another machine."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

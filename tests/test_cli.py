@@ -26,8 +26,8 @@ SURFACE = {
     "--n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --optimizer --patience --rope-base --seed --steps "
     "--threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay --window",
     "prepare": "--cross-documents --encoding --field --json --no-cross-documents --out --shard --tokenizer --val --val-bytes --vocab-size",
-    "sample": "--deterministic --device --dtype --encoding --json --max-tokens --min-p --n --prompt --prompt-file --repetition-penalty --seed --stop --strict --temperature --threads "
-    "--top-k --top-p",
+    "sample": "--deterministic --device --dtype --encoding --json --max-tokens --min-p --n --prompt --prompt-file --repetition-penalty --seed "
+    "--stop --strict --temperature --threads --top-k --top-p",
     "eval": "--by-position --context-length --deterministic --device --dtype --encoding --field --json --threads",
     "compare": "--json --plot",
     "serve": "--api-key --deterministic --device --dtype --host --port --queue --rows --seconds --threads",
@@ -64,7 +64,7 @@ def test_the_surface_is_what_it_was():
     commands = {name: app for name, app in cli.app.resolved_commands().items() if not name.startswith("-")}
     assert set(commands) == set(SURFACE)
     for name, command in commands.items():
-        options = {option for argument in command.assemble_argument_collection() for option in argument.names if option.startswith("--")}
+        options = {name for argument in command.assemble_argument_collection() if argument.parse for name in argument.names if name.startswith("--")}
         assert " ".join(sorted(options)) == SURFACE[name]
 
 

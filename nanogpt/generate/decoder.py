@@ -55,8 +55,10 @@ class TorchDecoder:
     def decode(self, rows: Sequence[int], ids: Sequence[int]) -> np.ndarray:
         if self.deterministic:
             return np.concatenate([self._read([[token]], row) for row, token in zip(rows, ids, strict=True)])
-        # To cut others out of the cache would copy it, so rows between the first and the last are computed along, behind what they hold, which stays.
         first, behind = rows[0], rows[-1] + 1
+        if len(rows) == behind - first:
+            return self._read([[token] for token in ids], first)
+        # To cut others out of the cache would copy it, so rows between the first and the last are computed along, behind what they hold, which stays.
         new, places, lengths = np.zeros((behind - first, 1), np.int64), np.subtract(rows, first), self.cache.lengths[first:behind]
         new[places, 0] = ids
         others = np.delete(np.arange(behind - first), places)
@@ -69,7 +71,7 @@ class TorchDecoder:
     @torch.inference_mode()
     def _read(self, ids: Sequence[Sequence[int]] | np.ndarray, first: int) -> np.ndarray:
         """ids (B, T) behind what the B rows from `first` on hold -> (B, V)."""
-        idx = torch.as_tensor(ids, device=self.machine.device)
+        idx = torch.tensor(ids, device=self.machine.device)
         with self.machine.autocast():
             return self.model.next_logits(idx, self.cache[first : first + len(idx)]).float().cpu().numpy()
 

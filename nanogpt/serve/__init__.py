@@ -23,7 +23,6 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -36,12 +35,6 @@ from nanogpt.serve.models import Models
 
 CONNECTIONS = 1000  # at a time
 GRACE = 30  # seconds in which what is under way may finish at the end
-SILENT: TelemetryConfig = {
-    "tracing": False,
-    "metrics": False,
-    "logs": False,
-    "auto_configure": False,
-}  # nothing leaves the machine, whatever the environment says
 
 
 def create_app(models: Models, runs: Path | None = None) -> FastAPI:
@@ -52,7 +45,7 @@ def create_app(models: Models, runs: Path | None = None) -> FastAPI:
         yield
         await models.close()
 
-    app = FastAPI(title="nanogpt", version=nanogpt.__version__, docs_url=None, redoc_url=None, lifespan=life, telemetry=SILENT)
+    app = FastAPI(title="nanogpt", version=nanogpt.__version__, docs_url=None, redoc_url=None, lifespan=life)
     app.state.models, app.state.runs = models, runs
     app.include_router(api.router)
     if find_spec("nanogpt.serve.page"):

@@ -13,17 +13,20 @@ import math
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from nanogpt.generate import Engine, Piece, Request, Text
-from nanogpt.library import Model
 from nanogpt.serve.metrics import Metrics
 from nanogpt.serve.wire import ApiError
 
+if TYPE_CHECKING:  # they import PyTorch, which takes seconds
+    from nanogpt.generate import Engine, Piece, Request, Text
+    from nanogpt.library import Model
+
 PAUSE = 0.02  # seconds between two deliveries, where nothing begins or ends: fifty a second look like a flow
 LONGEST_RETRY = 30  # seconds that a client is asked to wait at most
-Made = list[tuple[int, Piece]]  # pieces, each with the place of its text among those that were asked for
+Made = list[tuple[int, "Piece"]]  # pieces, each with the place of its text among those that were asked for
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -63,7 +66,7 @@ class Job:
         if self.unfinished:
             self._worker.cancel(self)
 
-    def add(self, index: int, piece: Piece) -> None:
+    def add(self, index: int, piece: "Piece") -> None:
         """Receive a piece of the text at this place."""
         self._made.append((index, piece))
         self.tokens += piece.token is not None
@@ -84,10 +87,10 @@ class Worker:
     """An engine at work. Belongs to the event loop, but for the methods that say otherwise."""
 
     def __init__(
-        self, name: str, load: Callable[[], Model], engine: Callable[[Model], Engine], rows: int, queue_length: int, metrics: Metrics
+        self, name: str, load: Callable[[], "Model"], engine: Callable[["Model"], "Engine"], rows: int, queue_length: int, metrics: Metrics
     ):  # fmt: skip
         """`load` and `engine`, which make the model and its engine of so many rows, run in the worker's thread."""
-        self.name, self.rows, self.places, self.open = name, rows, rows + queue_length, 0
+        self.name, self.rows, self.places, self.open, self.users = name, rows, rows + queue_length, 0, 0
         self.model: Model
         self.context_length: int
         self._metrics, self._loop, self._text_seconds = metrics, asyncio.get_running_loop(), 1.0
@@ -98,9 +101,10 @@ class Worker:
 
     async def loaded(self) -> None:
         """Wait until the model is there. Errors: what loading it raised."""
-        await asyncio.shield(self._loaded)  # others wait for it too
+        with self.used():
+            await asyncio.shield(self._loaded)  # others wait for it too
 
-    def submit(self, requests: Sequence[Request], streamed: bool, seconds: float) -> Job:
+    def submit(self, requests: Sequence["Request"], streamed: bool, seconds: float) -> Job:
         """Have texts written, for at most so many seconds. Errors: `Busy` where there is no place for all of them."""
         if self.open + len(requests) > self.places:
             raise self.busy()
@@ -117,7 +121,7 @@ class Worker:
         """See `Job.cancel`."""
         self._inbox.put(lambda: self._cancel(job))
 
-    async def call(self, function: Callable[[Model], T]) -> T:
+    async def call(self, function: Callable[["Model"], T]) -> T:
         """What the function makes of the model, in the engine's thread, between two steps. Errors: its own."""
         made: asyncio.Future[T] = self._loop.create_future()
 
@@ -130,7 +134,22 @@ class Worker:
                 self._tell(_settle, made, result, None)
 
         self._inbox.put(run)
-        return await made
+        with self.used():
+            return await made
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Keep it at work, even if no text is under way."""
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody would miss it."""
+        return not self.open and not self.users
 
     @property
     def active(self) -> int:
@@ -151,7 +170,7 @@ class Worker:
         self.retire()
         await asyncio.to_thread(self._thread.join, 10)
 
-    def _deliver(self, made: list[tuple[Job, int, Piece]], first: list[Job]) -> None:
+    def _deliver(self, made: list[tuple[Job, int, "Piece"]], first: list[Job]) -> None:
         """Receive what the thread made, on the event loop."""
         now = time.monotonic()
         for job in first:
@@ -177,7 +196,7 @@ class Worker:
         except RuntimeError:  # it is closed: nobody waits any more
             log.debug("The server has ended before %s.", self.name)
 
-    def _work(self, load: Callable[[], Model], engine: Callable[[Model], Engine]) -> None:
+    def _work(self, load: Callable[[], "Model"], engine: Callable[["Model"], "Engine"]) -> None:
         try:
             self.model = load()
             self._engine = engine(self.model)
@@ -211,7 +230,7 @@ class Worker:
                 return False
             order()
 
-    def _add(self, job: Job, requests: Sequence[Request]) -> None:
+    def _add(self, job: Job, requests: Sequence["Request"]) -> None:
         for index, request in enumerate(requests):
             self._texts[self._engine.add(request)] = (job, index)
 

@@ -1,0 +1,234 @@
+"""The speed of writing text, against others on the same machine in the same run; each kind in turn, some rounds long, medians with their extremes.
+
+All have the seed's shape (6 layers, 6 heads, 384 wide, context 256), with random weights, which are as fast as trained ones; with --model the
+shape and weights of a model file, which also tells what int8 costs in bits per byte. The others are skipped where they are not installed: transformers
+(its GPT-2 with its cache), and llama.cpp through the packages xllamacpp and gguf (its GPT-2 with Q8_0 weights).
+
+    python benchmarks/generate.py [--text shakespeare] [--model RUN] [--tokens 200] [--rounds 5]
+"""
+
+import importlib.util
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from baseline import Textbook
+from cyclopts import App
+
+from nanogpt import checkpoint, generate, library, machine
+from nanogpt.config import MachineConfig, ModelConfig, SamplingConfig
+from nanogpt.corpus import expand
+from nanogpt.machine import Machine
+from nanogpt.plan import flops_per_token
+from nanogpt.tokenizer import train_tokenizer
+
+app = App(help=__doc__)
+PROMPT, STREAMS, LATENCY_PROMPT = 20, 64, 200  # tokens before the first; texts at once; tokens before the first whose wait is measured
+
+Writer = Callable[[int], float]  # so many tokens -> seconds of each
+
+
+def has(*packages: str) -> bool:
+    """Whether all are installed; says so where they are not."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        print(f"skipped: {', '.join(missing)} not installed")
+    return not missing
+
+
+def textbook(parts: checkpoint.Parts) -> Writer:
+    """The loop that reads the whole window again for every token."""
+    c = parts.model.config
+    model = Textbook(parts.tokenizer.vocab_size, c.n_layer, c.n_head, c.n_embd, c.context_length)
+    window = torch.randint(parts.tokenizer.vocab_size, (1, c.context_length))
+
+    def write(tokens: int) -> float:
+        begin = time.perf_counter()
+        model.generate(window, tokens // 8)
+        return (time.perf_counter() - begin) / (tokens // 8)
+
+    return write
+
+
+def transformers(parts: checkpoint.Parts) -> Writer:
+    """Its `generate` with its cache, as its documentation has it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c, V = parts.model.config, parts.tokenizer.vocab_size
+    shape = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.context_length, "vocab_size": V}
+    model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=None, pad_token_id=0)).eval()
+    prompt = torch.randint(V, (1, PROMPT))
+
+    def write(tokens: int) -> float:
+        begin = time.perf_counter()
+        made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=True, temperature=0.8, top_k=0)
+        return (time.perf_counter() - begin) / (made.shape[1] - PROMPT)
+
+    return write
+
+
+def llama_cpp(parts: checkpoint.Parts, threads: int, folder: Path) -> Writer:
+    """The same weights, rounded to Q8_0: its own measure of a token, without the time it takes to read the prompt."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(write_gguf(parts, folder / "model.gguf"))
+    params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.verbosity = parts.model.config.context_length, 1, threads, -1
+    server = xllamacpp.Server(params)
+
+    def write(tokens: int) -> float:
+        wanted = {"prompt": list(range(1, PROMPT + 1)), "n_predict": tokens, "temperature": 0.8, "top_k": 0, "ignore_eos": True, "cache_prompt": False}
+        answer = server.handle_completions(wanted)
+        return float(answer["timings"]["predicted_per_token_ms"]) / 1e3
+
+    return write
+
+
+def write_gguf(parts: checkpoint.Parts, path: Path) -> Path:
+    """A classic model as llama.cpp reads it, matrices in Q8_0; its tokens are bytes or plain words to it."""
+    from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quantize
+
+    c, tokenizer, weights = parts.model.config, parts.tokenizer, {name: tensor.float().numpy() for name, tensor in parts.model.state_dict().items()}
+    writer = GGUFWriter(path, "gpt2")
+    writer.add_context_length(c.context_length)
+    writer.add_embedding_length(c.n_embd)
+    writer.add_block_count(c.n_layer)
+    writer.add_feed_forward_length(4 * c.n_embd)
+    writer.add_head_count(c.n_head)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_tokenizer_model("llama")
+    single = [token for token, spelled in enumerate(tokenizer.token_bytes) if len(spelled) == 1]
+    in_bytes = {tokenizer.token_bytes[token][0]: token for token in single}  # the last of a spelling is the byte's own token
+    names = [f"t{token}" for token in range(tokenizer.vocab_size)]
+    for byte, token in in_bytes.items():
+        names[token] = f"<0x{byte:02X}>"
+    writer.add_token_list(names)
+    writer.add_token_scores([0.0] * len(names))
+    writer.add_token_types([TokenType.BYTE if name.startswith("<0x") else TokenType.NORMAL for name in names])
+    writer.add_eos_token_id(tokenizer.end)
+    places = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "ln_1": "attn_norm", "ln_2": "ffn_norm"}
+    places |= {"attn.qkv": "attn_qkv", "attn.proj": "attn_output", "mlp.fc": "ffn_up", "mlp.proj": "ffn_down"}
+    for name, array in weights.items():
+        where, _, kind = name.rpartition(".")
+        block, _, inner = where.removeprefix("blocks.").partition(".") if where.startswith("blocks.") else ("", "", where)
+        place = f"blk.{block}.{places[inner]}.{kind}" if block else f"{places[inner]}.{kind}"
+        if array.ndim == 2 and inner != "wpe":
+            writer.add_tensor(place, quantize(array, GGMLQuantizationType.Q8_0), raw_dtype=GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(place, np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def nanogpt(parts: checkpoint.Parts, decoder: generate.Decoder, texts: int = 1) -> Writer:
+    """The engine with all that a user gets: tokens drawn one by one, spelled, with their log-probabilities."""
+    end = (parts.tokenizer.end, parts.tokenizer.end + 1)
+
+    def write(tokens: int) -> float:
+        engine = generate.Engine(decoder, parts.tokenizer, [end])
+        for seed in range(texts):
+            prompt = np.random.default_rng(seed).integers(parts.tokenizer.vocab_size, size=PROMPT).tolist()
+            engine.add(generate.Request(prompt, SamplingConfig(max_tokens=tokens + 1), seed))
+        engine.step()
+        begin = time.perf_counter()
+        while engine.busy:
+            engine.step()
+        return (time.perf_counter() - begin) / tokens
+
+    return write
+
+
+def first_token(parts: checkpoint.Parts, decoder: generate.Decoder) -> Writer:
+    """The wait for the first token of a prompt, another one each time."""
+
+    def write(tokens: int) -> float:
+        engine = generate.Engine(decoder, parts.tokenizer)
+        prompt = np.random.default_rng().integers(parts.tokenizer.vocab_size, size=min(LATENCY_PROMPT, decoder.context_length)).tolist()
+        engine.add(generate.Request(prompt, SamplingConfig(max_tokens=1), 0))
+        begin = time.perf_counter()
+        engine.step()
+        return time.perf_counter() - begin
+
+    return write
+
+
+def show(name: str, seconds: list[float], sides: dict[str, list[float]], tokens_at_once: int = 1) -> None:
+    """A line of the table: tokens per second, and how many times that of the others is."""
+    paces = sorted(tokens_at_once / one for one in seconds)
+    against = [
+        f"{statistics.median(paces) * statistics.median(sides[peer]):.3g} times {peer}"
+        for peer in ("textbook", "transformers", "llama.cpp Q8_0")
+        if peer in sides
+    ]
+    ratios = f"  {', '.join(against)}" if name.startswith("nanogpt") else ""
+    print(f"{name:30} {statistics.median(paces):9,.1f} tokens/s ({paces[0]:,.1f} to {paces[-1]:,.1f}){ratios}", flush=True)
+
+
+def int8_cost(path: Path, place: Machine) -> None:
+    """Bits per byte of a trained model on its validation split, as it is and with weights in int8."""
+    exact, rounded = (library.load(path, device="cpu", dtype=dtype, threads=place.threads).evaluate().bits_per_byte for dtype in ("float32", "int8"))
+    print(f"int8 weights: {rounded:.5f} bits per byte, {exact:.5f} in float32: {rounded / exact - 1:+.3%}")
+
+
+@app.default
+def main(*, text: str = "shakespeare", model: Path | None = None, tokens: int = 200, rounds: int = 5, threads: int | None = None) -> None:
+    """Time every kind that is installed; print the table."""
+    place = machine.choose(MachineConfig(device="cpu", dtype="float32", threads=threads))
+    if model is not None:
+        parts = checkpoint.load(model)
+    else:
+        tokenizer = train_tokenizer("char", [chunk for document in expand([text]) for chunk in document.chunks()])
+        parts = checkpoint.Parts(checkpoint.empty_model(ModelConfig(), tokenizer.vocab_size, "cpu").eval(), tokenizer, {"unused": []})
+        parts.model.init_weights(torch.Generator().manual_seed(1337))
+    torch.manual_seed(1337)
+    tokens = min(tokens, parts.model.config.context_length - PROMPT - 1)  # within the window, where peers have their cache
+    print(f"{place}, {machine.processor()}; torch {torch.__version__}; {sum(p.numel() for p in parts.model.parameters()):,} parameters, {tokens} tokens")
+    with tempfile.TemporaryDirectory() as folder:
+        writers = {"textbook": textbook(parts)}
+        if parts.model.config.arch == "classic":
+            if has("transformers"):
+                writers["transformers"] = transformers(parts)
+            if has("xllamacpp", "gguf"):
+                writers["llama.cpp Q8_0"] = llama_cpp(parts, place.threads, Path(folder))
+        writers["nanogpt plain"] = nanogpt(parts, generate.TorchDecoder(parts.model, place))
+        many = {f"nanogpt plain, {STREAMS} texts": nanogpt(parts, generate.TorchDecoder(parts.model, place, STREAMS), STREAMS)}
+        waits = {"plain": first_token(parts, generate.TorchDecoder(parts.model, place))}
+        if has("numba"):
+            for dtype in ("float32", "int8"):
+                writers[f"nanogpt fast {dtype}"] = nanogpt(parts, generate.open_decoder(parts.model, place, dtype))
+                many[f"nanogpt fast {dtype}, {STREAMS} texts"] = nanogpt(parts, generate.open_decoder(parts.model, place, dtype, STREAMS), STREAMS)
+                waits[f"fast {dtype}"] = first_token(parts, generate.open_decoder(parts.model, place, dtype))
+        everything = writers | many | {f"wait {name}": wait for name, wait in waits.items()}
+        sides: dict[str, list[float]] = {name: [] for name in everything}
+        for write in everything.values():
+            write(16)  # does not count
+        for _ in range(rounds):
+            for name, write in everything.items():
+                sides[name].append(write(tokens))
+    for name in writers:
+        show(name, sides[name], sides)
+    peak = machine.peak(place.device, torch.bfloat16)
+    c, seen = parts.model.config, PROMPT + tokens / 2
+    attention = 4 * c.n_layer * c.n_embd
+    flops = flops_per_token(c, parts.tokenizer.vocab_size) / 3 - attention * (min(c.context_length, c.window or math.inf) - min(seen, c.window or math.inf))
+    for name in many:
+        show(name, sides[name], sides, STREAMS)
+        speed = STREAMS * flops / statistics.median(sides[name])
+        print(f"{'':30} {speed / 1e9:9,.1f} GFLOP/s, {speed / peak:.0%} of the bfloat16 peak, {peak / 1e9:,.0f} GFLOP/s")
+    for name in waits:
+        times = sorted(1e3 * one for one in sides[f"wait {name}"])
+        print(f"first token after {LATENCY_PROMPT}, {name:12} {statistics.median(times):6.1f} ms ({times[0]:.1f} to {times[-1]:.1f})")
+    if model is not None:
+        int8_cost(model, place)
+
+
+if __name__ == "__main__":
+    app()
