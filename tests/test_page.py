@@ -39,13 +39,15 @@ def babble(seed, words):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, measured):
-    """A server of two runs, one of them with hostile words in it, and of what it must not show."""
+    """A server of three runs, one of them with hostile words in it and one of characters of two tokens, and of what it must not show."""
     folder = tmp_path_factory.mktemp("site")
     text, served = folder / "sea.txt", folder / "runs"
     text.write_text(babble(0, 4000), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(measured))
         model = nanogpt.train(text, served / "sea", **SMALL)
+        (folder / "letters.txt").write_text("".join(random.Random(0).choices("жб ", k=6000)), encoding="utf-8")
+        nanogpt.train(folder / "letters.txt", served / "letters", **SMALL | {"tokenizer": "byte", "steps": 100, "eval_every": 100})
     shutil.copytree(served / "sea", served / HOSTILE)
     with (served / HOSTILE / "samples.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": 60, "text": HOSTILE_TEXT}) + "\n")
@@ -215,6 +217,22 @@ def test_writing_stops_when_asked_to(site, opened, expect):
     expect(page.locator("#write .card .toolbar")).to_contain_text("stopped")
     expect(stop).to_be_hidden()
     assert page.locator("#write [data-i]").count() < 20000
+
+
+def test_a_character_of_two_tokens_is_replaced_as_a_whole(site, opened, expect):
+    page = opened(f"{site.url}/#write")
+    page.locator("#model").select_option("letters")
+    write(page, "жб ", max_tokens=30, n=1, seed=1, temperature=0.5)
+    expect(page.locator("#write .card:not(.writing)")).to_have_count(1)
+    before = text_of(page)
+    signs = page.locator("#write [data-i]").all_text_contents()
+    place = next(i for i, sign in enumerate(signs) if i > 5 and sign in ("ж", "б"))
+    other = {"ж": "б", "б": "ж"}[signs[place]]
+    page.locator(f"#write [data-i='{place}']").click()
+    page.get_by_role("dialog").get_by_role("button", name=re.compile(f"^{other},")).click()
+    expect(page.locator("#write .card:not(.writing) .toolbar .quiet")).to_have_text("30 tokens")
+    kept = len("".join(signs[:place]))
+    assert text_of(page)[: kept + 1] == before[:kept] + other
 
 
 def look(page, text, view=None):
@@ -418,7 +436,7 @@ def test_no_other_file_can_be_read(site, path):
 
 def test_links_out_of_the_folder_are_not_followed(site, tmp_path):
     names = [run["name"] for run in json.loads(ask(site, "GET", "/page/runs")[2])]
-    assert sorted(names) == sorted(["sea", HOSTILE])
+    assert sorted(names) == sorted(["sea", "letters", HOSTILE])
     secret, run = tmp_path / "secret.jsonl", tmp_path / "runs" / "run"
     secret.write_text('{"step": 1, "text": "secret"}\n', encoding="utf-8")
     run.mkdir(parents=True)

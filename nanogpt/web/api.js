@@ -13,7 +13,7 @@ export async function ask(path, body, signal) {
   return response.json();
 }
 
-/** The texts that the model writes, as they come: `onNews({index, text, tokens: [{logprob, top, offset}], finish})`, offsets in characters of prompt and text. */
+/** The texts that the model writes, as they come: `onNews({index, text, tokens: [{token, logprob, top, offset}], finish})`, offsets in characters of prompt and text. */
 export async function complete(body, onNews, signal) {
   const response = await send("/v1/completions", { ...body, stream: true }, signal);
   let rest = "";
@@ -34,7 +34,8 @@ export async function complete(body, onNews, signal) {
 }
 
 function tokensOf(logprobs) {
-  return (logprobs?.tokens ?? []).map((_, i) => ({
+  return (logprobs?.tokens ?? []).map((token, i) => ({
+    token,
     logprob: logprobs.token_logprobs[i],
     top: Object.entries(logprobs.top_logprobs[i]).sort((a, b) => b[1] - a[1]),
     offset: logprobs.text_offset[i],

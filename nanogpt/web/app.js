@@ -12,10 +12,12 @@ const tabs = Object.keys(START).map((name) => ({ name, button: document.getEleme
 const select = document.getElementById("model");
 
 /** The model that was chosen for Write, Look and Copies; `changed` are called with its name, or "" while there is none. */
-const model = { name: "", changed: [], choose: (name) => take(name) };
+const model = { name: "", wanted: "", changed: [], choose: (name) => take(name) };
 
+/** Choose a model; where there is none of that name yet, as soon as there is. */
 function take(name) {
-  if (![...select.options].some((option) => option.value === name)) return;
+  model.wanted = name;
+  if (name === model.name || ![...select.options].some((option) => option.value === name)) return;
   select.value = model.name = name;
   model.changed.forEach((tell) => tell(name));
 }
@@ -23,10 +25,10 @@ function take(name) {
 async function listModels() {
   const found = await ask("/v1/models").catch(() => null);
   if (!found) return;
-  const names = found.data.map((entry) => entry.id);
-  if (names.join("\n") === [...select.options].map((option) => option.value).join("\n")) return;
+  const names = found.data.sort((one, other) => other.created - one.created).map((entry) => entry.id); // the newest first
+  if (names.join("\n") === [...select.options].map((option) => option.value).join("\n") && names.length) return;
   select.replaceChildren(...names.map((name) => el("option", { value: name }, name)));
-  const kept = names.includes(model.name) ? model.name : names[0] ?? "";
+  const kept = [model.wanted, model.name].find((name) => names.includes(name)) ?? names[0] ?? "";
   if (kept !== model.name || !names.length) {
     model.name = kept;
     model.changed.forEach((tell) => tell(kept));

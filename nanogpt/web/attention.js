@@ -8,48 +8,69 @@ const ARCS = 12; // at most, the strongest
 const NEAR = 5; // characters back, about a word, are no distance
 const FAINT = 0.02; // a share of attention below which no arc is drawn
 
-export function attentionView() {
-  let found = null;
-  const view = { layer: 0, head: 0, place: 0, how: "one" };
-  const maps = el("div", { className: "maps", role: "radiogroup", "aria-label": "Layers and heads" });
-  const large = el("canvas", { className: "map-large", role: "img", tabIndex: 0 });
-  const reading = el("p", { className: "quiet reading", "aria-live": "polite" });
-  const arcs = svg("svg", { class: "arcs", "aria-hidden": "true" });
-  const text = new TokenText("The text; choose a character to see what it attends to", {
-    onpick: (i) => ((view.place = i), point()),
-    describe: (i) => (i <= view.place ? `${percent(weight(view.place, i))} of its attention` : "comes later"),
+/** The view, with the `node` that holds it. */
+export class AttentionView {
+  layer = 0;
+  head = 0;
+  place = 0; // of the character that looks
+  how = "one";
+  title = el("h3", {});
+  cut = el("p", { className: "quiet" });
+  maps = el("div", { className: "maps", role: "radiogroup", "aria-label": "Layers and heads", onkeydown: (event) => this.key(event) });
+  large = el("canvas", { className: "map-large", role: "img", tabIndex: 0 });
+  reading = el("p", { className: "quiet reading", "aria-live": "polite" });
+  arcs = svg("svg", { class: "arcs", "aria-hidden": "true" });
+  text = new TokenText("The text; choose a character to see what it attends to", {
+    onpick: (i) => this.point(i),
+    describe: (i) => (i <= this.place ? `${percent(this.weight(this.place, i))} of its attention` : "comes later"),
   });
-  const stage = el("div", { className: "stage" }, text.node, arcs);
-  const average = choice("Which attention", [["one", "One head"], ["layer", "Mean of the layer"]], view.how, (how) => ((view.how = how), paint()));
-  const title = el("h3", {});
-  const cut = el("p", { className: "quiet" });
-  const node = el("div", { className: "panel" }, el("p", { className: "quiet" }, "Before it predicts the next character, each head looks back. A row is a character, its columns those it looks at: the deeper the colour, the more. Choose a map, named by its layer and head, then a character."),
-    cut, maps, el("div", { className: "toolbar" }, title, average), el("div", { className: "attention" }, el("div", {}, stage, reading), large));  // prettier-ignore
+
+  constructor() {
+    this.stage = el("div", { className: "stage" }, this.text.node, this.arcs);
+    this.average = choice("Which attention", [["one", "One head"], ["layer", "Mean of the layer"]], this.how, (how) => ((this.how = how), this.paint()));
+    const words = "Before it predicts the next character, each head looks back. A row is a character, its columns those it looks at: the deeper the colour, the more.";
+    this.node = el("div", { className: "panel" }, el("p", { className: "quiet" }, `${words} Choose a map, named by its layer and head, then a character.`), this.cut, this.maps,
+      el("div", { className: "toolbar" }, this.title, this.average), el("div", { className: "attention" }, el("div", {}, this.stage, this.reading), this.large));  // prettier-ignore
+    this.large.addEventListener("pointermove", (event) => this.hover(event));
+    this.large.addEventListener("click", (event) => this.point(this.tokenAt(event.offsetY)));
+    this.large.addEventListener("keydown", (event) => {
+      const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      this.point(this.place + step);
+    });
+    addEventListener("resize", () => this.node.isConnected && this.found && this.point(this.place));
+  }
+
+  async show(model, given) {
+    const answer = await ask("/page/look/attention", { model, text: given });
+    const bytes = Uint8Array.from(atob(answer.weights), (sign) => sign.charCodeAt(0));
+    this.found = { ...answer, tokens: answer.pieces.length, weights: new Float32Array(bytes.buffer) };
+    [this.layer, this.head, this.place] = this.mostTelling();
+    const { tokens, length } = this.found;
+    this.cut.textContent = tokens < length ? `The first ${number(tokens)} of ${number(length)} tokens: as far as the model looks back, or as a page can show.` : "";
+    this.text.set(answer.pieces);
+    this.repaint();
+  }
+
+  repaint() {
+    this.drawMaps();
+    this.paint();
+  }
 
   /** The share that token i takes from token j, of the head or layer that is shown. */
-  function weight(i, j) {
-    const { heads, tokens, weights } = found;
-    const at = (head) => weights[((view.layer * heads + head) * tokens + i) * tokens + j];
-    if (view.how === "one") return at(view.head);
+  weight(i, j) {
+    const { heads, tokens, weights } = this.found;
+    const at = (head) => weights[((this.layer * heads + head) * tokens + i) * tokens + j];
+    if (this.how === "one") return at(this.head);
     let sum = 0;
     for (let head = 0; head < heads; head++) sum += at(head);
     return sum / heads;
   }
 
-  async function show(model, given) {
-    const answer = await ask("/page/look/attention", { model, text: given });
-    const bytes = Uint8Array.from(atob(answer.weights), (sign) => sign.charCodeAt(0));
-    found = { ...answer, tokens: answer.pieces.length, weights: new Float32Array(bytes.buffer) };
-    [view.layer, view.head, view.place] = mostTelling();
-    cut.textContent = found.tokens < answer.length ? `The first ${number(found.tokens)} of ${number(answer.length)} tokens: as far as the model looks back, or as a page can show.` : "";
-    text.set(found.pieces);
-    drawMaps();
-    paint();
-  }
-
   /** Where to begin: the head that looks most decidedly at something farther back, and the character at which it does. */
-  function mostTelling() {
-    const { layers, heads, tokens, weights } = found;
+  mostTelling() {
+    const { layers, heads, tokens, weights } = this.found;
     let best = [0, 0, tokens - 1];
     let most = 0;
     for (let k = 0; k < layers * heads; k++) {
@@ -65,92 +86,95 @@ export function attentionView() {
     return best;
   }
 
-  function drawMaps() {
-    const across = found.heads < found.layers; // whichever are more go from left to right
-    maps.style.setProperty("--columns", across ? found.layers : found.heads);
-    maps.style.setProperty("--flow", across ? "column" : "row");
-    maps.style.setProperty("--rows", across ? found.heads : found.layers);
-    const [down, right] = across ? [1, found.heads] : [found.heads, 1];
-    const buttons = Array.from({ length: found.layers * found.heads }, (_, k) => {
-      const [layer, head] = [Math.floor(k / found.heads), k % found.heads];
+  /** The small maps: layers from top to bottom and heads from left to right, or the other way round where there are more layers. */
+  drawMaps() {
+    const { layers, heads, tokens, weights } = this.found;
+    const across = heads < layers;
+    for (const [name, value] of [["columns", across ? layers : heads], ["rows", across ? heads : layers], ["flow", across ? "column" : "row"]]) {  // prettier-ignore
+      this.maps.style.setProperty(`--${name}`, value);
+    }
+    const buttons = Array.from({ length: layers * heads }, (_, k) => {
+      const [layer, head] = [Math.floor(k / heads), k % heads];
       const canvas = el("canvas", {});
-      drawMap(canvas, found, (i, j) => found.weights[(k * found.tokens + i) * found.tokens + j], 96);
-      const pick = () => (([view.layer, view.head, view.how] = [layer, head, "one"]), average.firstChild.click());
+      drawMap(canvas, tokens, (i, j) => weights[(k * tokens + i) * tokens + j], 96);
+      const pick = () => (([this.layer, this.head] = [layer, head]), this.average.firstChild.click());
       return el("button", { type: "button", role: "radio", onclick: pick, "aria-label": `Layer ${layer}, head ${head}` }, canvas, el("span", { className: "quiet" }, `${layer}.${head}`));
     });
-    maps.onkeydown = (event) => {
-      const step = { ArrowRight: right, ArrowLeft: -right, ArrowDown: down, ArrowUp: -down }[event.key];
-      const next = step && buttons[buttons.indexOf(document.activeElement) + step];
-      if (!next) return;
-      event.preventDefault();
-      next.focus();
-      next.click();
-    };
-    maps.replaceChildren(...buttons);
+    this.maps.replaceChildren(...buttons);
   }
 
-  function paint() {
-    const k = view.layer * found.heads + view.head;
-    [...maps.children].forEach((button, i) => {
-      button.setAttribute("aria-checked", view.how === "one" ? i === k : Math.floor(i / found.heads) === view.layer);
-      button.tabIndex = i === k ? 0 : -1;
+  /** Go to the map beside, above or below. */
+  key(event) {
+    const { layers, heads } = this.found;
+    const [right, down] = heads < layers ? [heads, 1] : [1, heads];
+    const step = { ArrowRight: right, ArrowLeft: -right, ArrowDown: down, ArrowUp: -down }[event.key];
+    const next = step && this.maps.children[[...this.maps.children].indexOf(document.activeElement) + step];
+    if (!next) return;
+    event.preventDefault();
+    next.focus();
+    next.click();
+  }
+
+  /** Show the head or layer that was chosen. */
+  paint() {
+    const { heads, tokens } = this.found;
+    [...this.maps.children].forEach((button, k) => {
+      const [layer, head] = [Math.floor(k / heads), k % heads];
+      button.setAttribute("aria-checked", layer === this.layer && (this.how === "layer" || head === this.head));
+      button.tabIndex = layer === this.layer && head === this.head ? 0 : -1;
     });
-    title.textContent = view.how === "one" ? `Layer ${view.layer}, head ${view.head}` : `Layer ${view.layer}, mean of ${found.heads} heads`;
-    large.setAttribute("aria-label", `Attention map of ${title.textContent}`);
-    drawMap(large, found, weight, 420);
-    point();
+    this.title.textContent = this.how === "one" ? `Layer ${this.layer}, head ${this.head}` : `Layer ${this.layer}, mean of ${heads} heads`;
+    this.large.setAttribute("aria-label", `Attention map of ${this.title.textContent}`);
+    drawMap(this.large, tokens, (i, j) => this.weight(i, j), 420);
+    this.point(this.place);
   }
 
-  /** Shade the text by what the chosen character takes, and draw the strongest as arcs. */
-  function point() {
-    const shares = found.pieces.map((_, j) => (j <= view.place ? weight(view.place, j) : 0));
+  /** Shade the text by what a character takes, and draw the strongest as arcs. */
+  point(place) {
+    const { pieces } = this.found;
+    if (!(place in pieces)) return;
+    this.place = place;
+    const shares = pieces.map((_, j) => (j <= place ? this.weight(place, j) : 0));
     const most = Math.max(...shares);
-    text.shade(shares.map((share) => share / most));
-    text.choose(view.place);
+    this.text.shade(shares.map((share) => share / most));
+    this.text.choose(place);
     const strongest = shares.map((share, j) => [share, j]).filter(([share]) => share >= FAINT).sort((a, b) => b[0] - a[0]).slice(0, ARCS);
-    drawArcs(strongest);
-    const words = strongest.slice(0, 3).map(([share, j]) => `${percent(share)} on ${j === view.place ? "itself" : `“${nameOf(found.pieces[j])}” ${view.place - j} back`}`);
-    reading.textContent = `“${nameOf(found.pieces[view.place])}” looks: ${words.join(", ") || "everywhere a little"}.`;
+    this.drawArcs(strongest);
+    const words = strongest.slice(0, 3).map(([share, j]) => `${percent(share)} to ${j === place ? "itself" : `“${nameOf(pieces[j])}”, ${place - j} back`}`);
+    this.reading.textContent = `“${nameOf(pieces[place])}” attends: ${words.join("; ") || "everywhere a little"}.`;
   }
 
-  function drawArcs(strongest) {
-    const frame = stage.getBoundingClientRect();
-    const middle = (span) => {
-      const boxes = span.getClientRects();
-      const box = boxes[0] ?? span.getBoundingClientRect();
+  drawArcs(strongest) {
+    const frame = this.stage.getBoundingClientRect();
+    const middle = (i) => {
+      const box = this.text.spans[i].getClientRects()[0] ?? this.text.spans[i].getBoundingClientRect();
       return [box.left + box.width / 2 - frame.left, box.top - frame.top + 3];
     };
-    arcs.setAttribute("viewBox", `0 0 ${frame.width} ${frame.height}`);
-    const [x, y] = middle(text.spans[view.place]);
-    arcs.replaceChildren(...strongest.filter(([, j]) => j !== view.place).map(([share, j]) => {
-      const [u, v] = middle(text.spans[j]);
+    this.arcs.setAttribute("viewBox", `0 0 ${frame.width} ${frame.height}`);
+    const [x, y] = middle(this.place);
+    const paths = strongest.filter(([, j]) => j !== this.place).map(([share, j]) => {
+      const [u, v] = middle(j);
       const height = Math.min(y, v) - Math.min(60, 14 + Math.abs(x - u) / 5);
       return svg("path", { d: `M${x},${y} C${x},${height} ${u},${height} ${u},${v}`, "stroke-width": 1 + 4 * share, "stroke-opacity": 0.25 + 0.75 * Math.sqrt(share) });
-    }));  // prettier-ignore
+    });  // prettier-ignore
+    this.arcs.replaceChildren(...paths);
   }
 
-  large.addEventListener("pointermove", (event) => {
-    const [i, j] = [event.offsetY, event.offsetX].map((at) => Math.floor((at / large.clientWidth) * found.tokens));
-    if (i >= found.tokens || j > i || j < 0) return;
-    reading.textContent = `“${nameOf(found.pieces[i])}” takes ${percent(weight(i, j))} from “${nameOf(found.pieces[j])}”, ${i - j} back.`;
-  });
-  large.addEventListener("click", (event) => {
-    const i = Math.floor((event.offsetY / large.clientWidth) * found.tokens);
-    if (i < found.tokens) [view.place] = [i], point();
-  });
-  large.addEventListener("keydown", (event) => {
-    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-    if (!step || !found.pieces[view.place + step]) return;
-    event.preventDefault();
-    view.place += step;
-    point();
-  });
-  addEventListener("resize", () => node.isConnected && found && point());
-  return { node, show, repaint: () => (drawMaps(), paint()) };
+  tokenAt(offset) {
+    return Math.floor((offset / this.large.clientWidth) * this.found.tokens);
+  }
+
+  /** Say what stands under the pointer on the large map. */
+  hover(event) {
+    const [i, j] = [this.tokenAt(event.offsetY), this.tokenAt(event.offsetX)];
+    const { pieces } = this.found;
+    if (!(i in pieces) || !(j in pieces) || j > i) return;
+    this.reading.textContent = `“${nameOf(pieces[i])}” takes ${percent(this.weight(i, j))} from “${nameOf(pieces[j])}”, ${i - j} back.`;
+  }
 }
 
 /** A square map of weights, as many points wide as there are tokens, or `most` where there are more: each then stands for the strongest of its neighbours. */
-function drawMap(canvas, { tokens }, weight, most) {
+function drawMap(canvas, tokens, weight, most) {
   const size = Math.min(tokens, most);
   canvas.width = canvas.height = size;
   const context = canvas.getContext("2d");

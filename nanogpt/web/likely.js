@@ -12,7 +12,8 @@ export class Likely {
     this.list.addEventListener("keydown", (event) => this.key(event));
   }
 
-  /** Open it beside `span`. `entries` are {text, share, taken}; `onchoose(text)` is called for the one that is chosen, where one may choose. */
+  /** Open it beside `span`. `entries` are {text, share, taken}, with a text of null for a part of a character, from which nothing can go on;
+   * `onchoose(entry)` is called for the one that is chosen, where one may choose. */
   open(span, title, entries, onchoose) {
     this.origin = span;
     this.title.textContent = title;
@@ -26,17 +27,18 @@ export class Likely {
     (this.list.querySelector("button") ?? this.node).focus({ preventScroll: true });
   }
 
-  /** A part of a character, which the server writes as bytes, cannot be chosen: text cannot go on from it. */
-  row({ text, share, taken }, onchoose) {
+  row(entry, onchoose) {
+    const { text, share, taken } = entry;
     const bar = el("span", { className: "bar" });
     bar.style.setProperty("--share", `${100 * share}%`);
-    const words = `${nameOf(text)}, ${percent(share)}${taken ? ", which stands there" : ""}`;
-    const parts = [el("span", { className: "token-name" }, nameOf(text)), el("span", { className: "share" }, percent(share)), bar];
-    if (!onchoose || text.startsWith("bytes:\\x")) return el("div", { className: taken ? "taken" : "", "aria-label": words, role: "img" }, ...parts);
+    const name = nameOf(text ?? "");
+    const words = `${name}, ${percent(share)}${taken ? ", which stands there" : ""}`;
+    const parts = [el("span", { className: "token-name" }, name), el("span", { className: "share" }, percent(share)), bar];
+    if (!onchoose || text === null) return el("div", { className: taken ? "taken" : "", "aria-label": words, role: "img" }, ...parts);
     const choose = () => {
       this.origin = null;
       this.node.hidePopover();
-      onchoose(text);
+      onchoose(entry);
     };
     return el("button", { type: "button", className: taken ? "taken" : "", "aria-label": words, onclick: choose }, ...parts);
   }

@@ -20,27 +20,22 @@ export class Log {
     (this.at ??= {})[kind] = { offset: 0, file: "" };
   }
 
-  /** Read what is new; true where something was. */
+  /** Read what is new, a part at a time; true where something was, and `behind` where there is more of it. */
   async refresh() {
+    this.behind = false;
     const changed = [await this.follow("metrics", (news) => this.addMetrics(news)), await this.follow("samples", (news) => this.samples.push(...news.records))];
     return changed.some(Boolean);
   }
 
   async follow(kind, add) {
-    let changed = false;
-    for (let more = true; more; ) {
-      const { offset, file } = this.at[kind];
-      const news = await ask(`/page/runs/${encodeURIComponent(this.name)}/${kind}?offset=${offset}&file=${file}`);
-      if (news.file !== file || (news.from === 0 && offset > 0)) {
-        changed ||= offset > 0;
-        this.clear(kind);
-      }
-      add(news);
-      changed ||= news.offset > news.from;
-      this.at[kind] = { offset: news.offset, file: news.file };
-      more = news.more;
-    }
-    return changed;
+    const { offset, file } = this.at[kind];
+    const news = await ask(`/page/runs/${encodeURIComponent(this.name)}/${kind}?offset=${offset}&file=${file}`);
+    const anew = offset > 0 && news.from === 0; // the file has been replaced
+    if (anew) this.clear(kind);
+    add(news);
+    this.at[kind] = { offset: news.offset, file: news.file };
+    this.behind ||= news.more;
+    return anew || news.offset > news.from;
   }
 
   addMetrics(news) {

@@ -1,17 +1,17 @@
 // Look: what surprises a model in a text, what it attends to, what its neurons respond to, and its alphabet as a map.
 
 import { ask } from "./api.js";
-import { attentionView } from "./attention.js";
+import { AttentionView } from "./attention.js";
 import { colours, look, PLAIN, plain, plotly } from "./curves.js";
 import { announce, choice, el, fact, failure, nameOf, number, percent } from "./dom.js";
 import { Likely } from "./likely.js";
 import { Source } from "./source.js";
-import { shadeOfBits, TokenText } from "./tokens.js";
+import { shadesOfBits, TokenText } from "./tokens.js";
 
 const VIEWS = { surprise: "Surprise", attention: "Attention", neurons: "Neurons", alphabet: "Alphabet" };
 
 export function lookTab(panel, model) {
-  const views = { surprise: surpriseView(), attention: attentionView(), neurons: neuronsView(), alphabet: alphabetView() };
+  const views = { surprise: surpriseView(), attention: new AttentionView(), neurons: neuronsView(), alphabet: alphabetView() };
   let shown = "surprise";
   let text = "";
   const source = new Source("A text to read", "Look", model, (given) => ((text = given), refresh(true)));
@@ -61,7 +61,7 @@ function surpriseView() {
   async function show(model, given) {
     found = await ask("/page/look/surprise", { model, text: given });
     text.set(found.pieces);
-    text.shade(found.bits.map(shadeOfBits));
+    text.shade(shadesOfBits(found.pieces, found.bits));
     facts.replaceChildren(fact("Surprise", number(found.bits_per_byte, 3), "bits per byte"), fact("In all", number(found.total_bits), "bits"), fact("Text", number(found.pieces.length), "tokens"));
     most.replaceChildren(...found.most.filter((i) => found.pieces[i]).slice(0, 10).map((i) => {
       const around = (from, to) => found.pieces.slice(Math.max(0, from), to).join("").replaceAll("\n", " ");

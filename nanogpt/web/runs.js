@@ -9,12 +9,11 @@ const EVERY = 1000; // milliseconds
 const COLOURS = ["--run-1", "--run-2", "--run-3", "--run-4", "--run-5", "--run-6", "--run-7", "--run-8"];
 const STATES = { finished: "finished", training: "training now", stopped: "stopped" };
 
-/** Fill the panel; gives what to do when it is shown and hidden. */
-export function runsTab(panel) {
+/** Fill the panel; gives what to do when it is shown and hidden. The run that is looked at is also the model to write with. */
+export function runsTab(panel, model) {
   const view = { shown: false, runs: [], chosen: new Map(), focus: "", options: { axis: "step", bits: true, logX: false, logY: false } };
   const list = el("ul", { className: "run-list", "aria-label": "Runs" });
-  const empty = el("div", { className: "empty", hidden: true }, el("h2", {}, "No runs yet"),
-    el("p", {}, "Train a model on a text of yours; it will appear here and you can watch it learn:"), el("pre", {}, "nanogpt train book.txt --open"));  // prettier-ignore
+  const empty = noRuns();
   const header = el("header", { className: "run-header" });
   const charts = makeCharts(view);
   const samples = makeSamples();
@@ -48,27 +47,36 @@ export function runsTab(panel) {
     if (on) view.chosen.set(name, view.chosen.get(name) ?? new Log(name));
     else view.chosen.delete(name);
     view.focus = on ? name : [...view.chosen.keys()].at(-1) ?? "";
+    if (on) model.choose(name);
     view.redraw = true;
-    if (view.runs.length && view.shown) tick();
+    if (view.shown) tick();
   }
 
   let busy = false;
   async function tick() {
     if (!view.shown || busy || document.hidden) return;
     busy = true;
+    let more = false;
     try {
       await refresh();
+      more = (view.redraw && view.chosen.size) || [...view.chosen.values()].some((log) => log.behind);
       panel.querySelector(":scope > .notice")?.remove();
     } catch (error) {
       if (empty.hidden && layout.hidden) panel.replaceChildren(failure(error), empty, layout);
     } finally {
       busy = false;
-      if (view.redraw && view.chosen.size) setTimeout(tick);
     }
+    if (more) setTimeout(tick);
   }
   setInterval(tick, EVERY);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => ((view.redraw = true), tick()));
   return { show: () => ((view.shown = view.redraw = true), tick()), hide: () => (view.shown = false) };
+}
+
+/** What stands there while there is no run. */
+function noRuns() {
+  const [title, words] = [el("h2", {}, "No runs yet"), el("p", {}, "Train a model on a text of yours; it will appear here and you can watch it learn:")];
+  return el("div", { className: "empty", hidden: true }, title, words, el("pre", {}, "nanogpt train book.txt --open"));
 }
 
 /** The colour of a run: the same as long as it is in the list. */

@@ -3,6 +3,12 @@
 import { ask } from "./api.js";
 import { el, failure } from "./dom.js";
 
+/** What stands in a tab while there is no model. */
+export function noModel() {
+  const [title, words] = [el("h2", {}, "No model yet"), el("p", {}, "A run has one after its first evaluation:")];
+  return el("div", { className: "empty", hidden: true }, title, words, el("pre", {}, "nanogpt train book.txt --open"));
+}
+
 /** A box for a text with a button; `onread(text)` works on it, and what goes wrong there is said below it. */
 export class Source {
   constructor(label, verb, model, onread) {
@@ -14,8 +20,7 @@ export class Source {
     this.form = el("form", { className: "panel", onsubmit: (event) => (event.preventDefault(), this.read()) },
       el("label", {}, el("span", { className: "label" }, label), this.box),
       el("div", { className: "buttons" }, this.go, this.sample, el("span", { className: "quiet hint" }, "Ctrl + Enter")));  // prettier-ignore
-    this.empty = el("div", { className: "empty", hidden: true }, el("h2", {}, "No model yet"),
-      el("p", {}, "A run has one after its first evaluation:"), el("pre", {}, "nanogpt train book.txt --open"));  // prettier-ignore
+    this.empty = noModel();
     this.box.addEventListener("keydown", (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && this.form.requestSubmit());
     model.changed.push((name) => this.meet(name));
     this.meet(model.name);

@@ -2,6 +2,8 @@
 
 import { el, nameOf } from "./dom.js";
 
+const DEEPEST = 10; // bits, from which on no shade is deeper
+
 /** A text of tokens in a box. `onpick(i, span)` is called for a click, Enter or Space; `describe(i)` says a token in words, for a pointer or a screen reader. */
 export class TokenText {
   constructor(label, { onpick, describe = () => "" } = {}) {
@@ -32,7 +34,7 @@ export class TokenText {
       span.dataset.i = this.spans.length;
       if (this.onpick) {
         span.setAttribute("role", "button");
-        span.tabIndex = this.spans.length ? -1 : 0;
+        span.tabIndex = text && !this.texts.some(Boolean) ? 0 : -1;
       }
       this.spans.push(span);
       this.texts.push(text);
@@ -52,10 +54,10 @@ export class TokenText {
     this.texts.length = i;
   }
 
-  /** Shade the tokens by numbers from -1 to 1: below zero in the cool colour, above in the warm one. */
+  /** Shade the tokens from a place on by numbers from -1 to 1: below zero in the cool colour, above in the warm one. */
   shade(values, from = 0) {
     for (let i = from; i < this.spans.length; i++) {
-      const value = values[i] ?? 0;
+      const value = values[i - from];
       this.spans[i].style.setProperty("--heat", `${Math.round(100 * Math.min(1, Math.abs(value)))}%`);
       this.spans[i].classList.toggle("cold", value < 0);
     }
@@ -101,11 +103,18 @@ export class TokenText {
       this.pick(i);
       return;
     }
-    const to = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: this.spans.length - 1 }[event.key] ?? this.lineAway(i, { ArrowDown: 1, ArrowUp: -1 }[event.key]);
+    const [from, step] = { ArrowRight: [i + 1, 1], ArrowLeft: [i - 1, -1], Home: [0, 1], End: [this.spans.length - 1, -1] }[event.key] ?? [undefined, 0];
+    const to = step ? this.next(from, step) : this.lineAway(i, { ArrowDown: 1, ArrowUp: -1 }[event.key]);
     if (to === undefined || !this.spans[to]) return;
     event.preventDefault();
     this.reach(to);
     this.spans[to].scrollIntoView({ block: "nearest" });
+  }
+
+  /** The first token from a place on that can be seen. */
+  next(i, step) {
+    while (this.texts[i] === "") i += step;
+    return i;
   }
 
   /** The token below or above another, on the next line that has one. */
@@ -115,7 +124,7 @@ export class TokenText {
     let [best, nearest, line] = [undefined, Infinity, null];
     for (let j = i + direction; this.spans[j]; j += direction) {
       const box = this.spans[j].getBoundingClientRect();
-      if (Math.abs(box.top - here.top) < here.height / 2) continue;
+      if (!this.texts[j] || Math.abs(box.top - here.top) < here.height / 2) continue;
       line ??= box.top;
       if (Math.abs(box.top - line) >= here.height / 2) break;
       if (Math.abs(box.left - here.left) < nearest) [best, nearest] = [j, Math.abs(box.left - here.left)];
@@ -124,7 +133,13 @@ export class TokenText {
   }
 }
 
-/** How unlikely a token was, as a shade: none for a certain one, all for one in a thousand. */
-export function shadeOfBits(bits) {
-  return Math.min(1, bits / 10);
+/** How unlikely each token was, as a shade: none for a certain one, all for one in a thousand. Where several make a character, its last one shows them all. */
+export function shadesOfBits(texts, bits) {
+  let waiting = 0;
+  return texts.map((text, i) => {
+    waiting += bits[i];
+    const shown = text ? Math.min(1, waiting / DEEPEST) : 0;
+    if (text) waiting = 0;
+    return shown;
+  });
 }

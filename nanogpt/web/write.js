@@ -3,87 +3,93 @@
 import { ask, complete } from "./api.js";
 import { announce, el, failure, percent } from "./dom.js";
 import { Likely } from "./likely.js";
-import { shadeOfBits, TokenText } from "./tokens.js";
+import { noModel } from "./source.js";
+import { shadesOfBits, TokenText } from "./tokens.js";
 
 const TOP = 5; // alternatives at each place
 const NATS_A_BIT = Math.log(2);
 // In which order the settings are asked for; what each does comes from the program itself.
 const SHOWN = ["max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop"];
+const PART = /^bytes:(\\x[0-9a-f]{2})+$/; // of a character, as the server writes it
 const FEW = 200; // tokens to begin with
 
 export function writeTab(panel, model) {
-  const prompt = el("textarea", { id: "prompt", rows: 3, spellcheck: false, placeholder: "How should it begin? Empty: like the beginning of a text." });
-  const write = el("button", { type: "submit", className: "primary" }, "Write");
-  const stop = el("button", { type: "button", hidden: true, onclick: () => running?.abort() }, "Stop");
-  const note = el("p", { className: "quiet" }, "Shaded: how unlikely each character was. Click one to see what else was likely there, and go on from another.");
-  const cards = el("div", { className: "cards" });
-  const error = el("div");
-  const settings = el("div", { className: "settings-grid" });
-  const form = el("form", { className: "panel write-form", onsubmit: begin },
-    el("label", { htmlFor: "prompt" }, "Prompt"), prompt, el("div", { className: "buttons" }, write, stop, el("span", { className: "quiet hint" }, "Ctrl + Enter")),
-    el("details", { open: innerWidth > 760 }, el("summary", {}, "Settings"), settings));  // prettier-ignore
-  const empty = el("div", { className: "empty", hidden: true }, el("h2", {}, "No model yet"),
-    el("p", {}, "A run has one after its first evaluation:"), el("pre", {}, "nanogpt train book.txt --open"));  // prettier-ignore
-  panel.append(empty, form, error, note, cards);
-  note.hidden = true;
-  const likely = new Likely("Choose one: the text is written anew from here.");
-  panel.append(likely.node);
-  let running = null;
-  let fields = null;
+  new Writer(panel, model);
+  return {};
+}
 
-  prompt.addEventListener("keydown", (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && form.requestSubmit());
-  const withModel = (name) => ([empty.hidden, form.hidden] = [Boolean(name), !name]);
-  model.changed.push(withModel);
-  withModel(model.name);
-  ask("/page/settings").then((schema) => (fields = makeFields(settings, schema))).catch((problem) => error.replaceChildren(failure(problem)));
+class Writer {
+  running = null; // what stops the texts that are being written
+  fields = null; // of the settings, once the server has told which there are
+  prompt = el("textarea", { id: "prompt", rows: 3, spellcheck: false, placeholder: "How should it begin? Empty: like the beginning of a text." });
+  stop = el("button", { type: "button", hidden: true, onclick: () => this.running?.abort() }, "Stop");
+  note = el("p", { className: "quiet", hidden: true }, "Shaded: how unlikely each character was. Click one to see what else was likely there, and go on from another.");
+  cards = el("div", { className: "cards" });
+  error = el("div");
+  likely = new Likely("Choose one: the text is written anew from here.");
 
-  async function begin(event) {
-    event.preventDefault();
-    if (!fields) return;
-    running?.abort();
-    const { n, ...sampling } = fields.values();
-    const texts = Array.from({ length: n }, (_, i) => new Continuation(i, n, prompt.value, offer));
-    cards.replaceChildren(...texts.map((text) => text.node));
-    note.hidden = false;
-    await run(texts, { ...sampling, n, prompt: prompt.value });
+  constructor(panel, model) {
+    this.model = model;
+    const settings = el("div", { className: "settings-grid" });
+    const form = el("form", { className: "panel", onsubmit: (event) => (event.preventDefault(), this.begin()) },
+      el("label", { htmlFor: "prompt" }, "Prompt"), this.prompt,
+      el("div", { className: "buttons" }, el("button", { type: "submit", className: "primary" }, "Write"), this.stop, el("span", { className: "quiet hint" }, "Ctrl + Enter")),
+      el("details", { open: innerWidth > 760 }, el("summary", {}, "Settings"), settings));  // prettier-ignore
+    this.prompt.addEventListener("keydown", (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && form.requestSubmit());
+    const empty = noModel();
+    const meet = (name) => ([empty.hidden, form.hidden] = [Boolean(name), !name]);
+    model.changed.push(meet);
+    meet(model.name);
+    panel.append(empty, form, this.error, this.note, this.cards, this.likely.node);
+    ask("/page/settings").then((schema) => (this.fields = makeFields(settings, schema))).catch((problem) => this.error.replaceChildren(failure(problem)));
+  }
+
+  async begin() {
+    if (!this.fields) return;
+    this.running?.abort();
+    const { n, ...sampling } = this.fields.values();
+    const prompt = this.prompt.value;
+    const texts = Array.from({ length: n }, (_, i) => new Continuation(i, n, prompt, (place, span, text) => this.offer(place, span, text)));
+    this.cards.replaceChildren(...texts.map((text) => text.node));
+    this.note.hidden = false;
+    await this.run(texts, { ...sampling, n, prompt });
   }
 
   /** Show what else was likely at a place of a text. */
-  function offer(place, span, text) {
-    const { logprob, top } = text.tokens[place];
-    const taken = text.text.texts[place];
-    const known = top.some(([other]) => other === taken) ? top : [...top, [taken, logprob]];
-    const entries = known.map(([other, log]) => ({ text: other, share: Math.exp(log), taken: other === taken }));
-    likely.open(span, "Likely here", entries, (other) => goOn(text, place, { text: other, logprob: Math.log(entries.find((entry) => entry.text === other).share) }));
+  offer(place, span, text) {
+    const { token, logprob, top } = text.tokens[place];
+    const known = top.some(([other]) => other === token) ? top : [...top, [token, logprob]];
+    const entries = known.map(([other, log]) => ({ text: text.spelled(place, other), share: Math.exp(log), taken: other === token, choice: [other, log] }));
+    this.likely.open(span, "Likely here", entries, (entry) => this.goOn(text, place, entry.text, ...entry.choice));
   }
 
   /** Write one text again from a place on, where another token now stands. */
-  async function goOn(text, place, token) {
-    running?.abort();
-    text.replace(place, token);
-    const { n, ...sampling } = fields.values();
+  async goOn(text, place, written, token, logprob) {
+    this.running?.abort();
+    text.replace(place, written, token, logprob);
+    const { n, ...sampling } = this.fields.values();
     const left = sampling.max_tokens - place - 1;
-    if (left > 0) await run([text], { ...sampling, n: 1, max_tokens: left, prompt: text.all() });
+    if (left > 0) await this.run([text], { ...sampling, n: 1, max_tokens: left, prompt: text.all() });
   }
 
-  async function run(texts, body) {
-    const own = (running = new AbortController());
-    error.replaceChildren();
-    stop.hidden = false;
+  /** Have the texts continued. */
+  async run(texts, body) {
+    const own = (this.running = new AbortController());
+    this.error.replaceChildren();
+    this.stop.hidden = false;
     texts.forEach((text) => text.begin());
     announce("Writing");
     try {
-      await complete({ ...body, model: model.name, logprobs: TOP }, (piece) => texts[piece.index].take(piece), own.signal);
+      await complete({ ...body, model: this.model.name, logprobs: TOP }, (news) => texts[news.index].take(news), own.signal);
       announce(texts.length === 1 ? "The text is written" : `${texts.length} texts are written`);
     } catch (problem) {
-      if (problem.name !== "AbortError") error.replaceChildren(failure(problem));
+      if (problem.name !== "AbortError") this.error.replaceChildren(failure(problem));
       else announce("Stopped");
     } finally {
       texts.forEach((text) => text.rest());
-      if (running === own) [stop.hidden, running] = [true, null];
+      if (this.running === own) [this.stop.hidden, this.running] = [true, null];
     }
   }
-  return {};
 }
 
 /** One continuation of a prompt: its tokens, each with how likely it was and what else was. */
@@ -126,8 +132,11 @@ class Continuation {
     this.describe();
   }
 
+  /** Shade the tokens from a place on; a character that began before it belongs to them. */
   shade(from) {
-    this.text.shade(this.tokens.map((token) => shadeOfBits(-token.logprob / NATS_A_BIT)), from);  // prettier-ignore
+    while (from > 0 && this.text.texts[from - 1] === "") from--;
+    const bits = this.tokens.slice(from).map((token) => -token.logprob / NATS_A_BIT);
+    this.text.shade(shadesOfBits(this.text.texts.slice(from), bits), from);
   }
 
   rest() {
@@ -142,10 +151,24 @@ class Continuation {
     this.state.textContent = `${this.tokens.length} tokens${ends[this.finish] ?? ""}`;
   }
 
-  /** Put another token at a place, and drop what came after it. */
-  replace(place, { text, logprob }) {
+  /** What a token would write at a place: a part of a character, which comes as "bytes:\\xe6", with the parts before it; null where that is no character yet. */
+  spelled(place, token) {
+    if (!PART.test(token)) return token;
+    let first = place;
+    while (first > 0 && this.text.texts[first - 1] === "") first--;
+    const parts = [...this.tokens.slice(first, place).map((before) => before.token), token];
+    const bytes = parts.flatMap((part) => part.match(/[0-9a-f]{2}(?=\\|$)/g).map((hex) => parseInt(hex, 16)));
+    try {
+      return new TextDecoder("utf-8", { fatal: true }).decode(Uint8Array.from(bytes));
+    } catch {
+      return null;
+    }
+  }
+
+  /** Put another token at a place, where `text` then stands, and drop what came after it. */
+  replace(place, text, token, logprob) {
     const { top } = this.tokens[place];
-    this.tokens.splice(place, Infinity, { logprob, top });
+    this.tokens.splice(place, Infinity, { token, logprob, top });
     this.text.cut(place);
     this.text.add([text]);
     this.shade(place);
