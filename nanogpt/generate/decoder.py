@@ -45,6 +45,7 @@ class TorchDecoder:
         self.begun: list[tuple[tuple[int, ...], np.ndarray] | None] = [None] * rows  # with which ids, and what logits followed
 
     def prefill(self, row: int, ids: Sequence[int]) -> np.ndarray:
+        """As in `Decoder`."""
         ids = tuple(ids)
         same = next((other for other, begun in enumerate(self.begun) if begun is not None and begun[0] == ids), None)
         if same is None:
@@ -57,6 +58,7 @@ class TorchDecoder:
         return self.begun[row][1].copy()  # type: ignore[index]
 
     def decode(self, rows: Sequence[int], ids: Sequence[int]) -> np.ndarray:
+        """As in `Decoder`."""
         if self.deterministic:
             return np.concatenate([self._read([[token]], row) for row, token in zip(rows, ids, strict=True)])
         first, behind = rows[0], rows[-1] + 1
