@@ -29,9 +29,9 @@ CHECKED = 20  # texts that are written again
 ALONE = """
 import sys, time
 from nanogpt import library
-model = library.load(sys.argv[1])
+model = library.load(sys.argv[1], deterministic=sys.argv[4] == "True")
 rows, steps = int(sys.argv[2]), int(sys.argv[3])
-engine = model.engine(rows, sys.argv[4] == "True")
+engine = model.engine(rows)
 for seed in range(rows):
     engine.add(model.request(sys.argv[5], seed=seed, temperature=1.0, max_tokens=10**6))
 for _ in range(3):
@@ -130,7 +130,7 @@ def differing(model: Path, seen: list[Client], asked: dict[str, object]) -> int:
     """How many of `CHECKED` texts are not what the library writes alone."""
     from nanogpt import library
 
-    alone = library.load(model)
+    alone = library.load(model, deterministic=True)
     made = [next(iter(one.texts.items())) for one in seen if one.texts][:CHECKED]
     options = {"max_tokens": asked["max_tokens"], "temperature": asked["temperature"]}
     return sum("".join(alone.stream(PROMPT, seed=seed, **options)) != text for seed, text in made)
@@ -160,12 +160,13 @@ def main(
             flush=True,
         )
         words = [sys.executable, "-c", ALONE, str(model), str(rows), str(steps), str(deterministic), PROMPT]
-        engine = float(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+        engine = float(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
         command = [sys.executable, "-m", "nanogpt", "serve", str(model), "--port", "0", "--rows", str(rows), *["--deterministic"] * deterministic]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             try:
                 assert server.stdout is not None
-                port = int(server.stdout.readline().split(":")[-1].strip(" /\n"))
+                page = next(line for line in server.stdout if line.startswith("Page"))
+                port = int(page.split(":")[-1].strip(" /\n"))
                 asked = {"model": model.absolute().name, "prompt": PROMPT, "max_tokens": max_tokens, "temperature": 1.0, "stream": True}
                 asked["stream_options"] = {"include_usage": True}
                 seen, took = asyncio.run(crowd(port, clients, seconds, asked))
