@@ -20,7 +20,8 @@ import uvicorn
 from conftest import TINY
 
 import nanogpt
-from nanogpt.config import ServeConfig
+from nanogpt import generate
+from nanogpt.config import PlaceConfig, ServeConfig
 from nanogpt.serve import create_app, runs
 from nanogpt.serve.models import Models
 
@@ -37,35 +38,45 @@ def babble(seed, words):
     return "".join(chance.choice(WORDS) + chance.choice("  \n") for _ in range(words))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick(measured):
+    """PyTorch's decoder, which need not be compiled first; and a cache that outlives a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(measured))
+        patch.setattr(generate, "open_decoder", lambda model, machine, dtype, rows: generate.TorchDecoder(model, machine, rows))
+        yield
+
+
 @pytest.fixture(scope="module")
-def site(tmp_path_factory, measured):
-    """A server of three runs, one of them with hostile words in it and one of characters of two tokens, and of what it must not show."""
+def trained(tmp_path_factory, _quick):
+    """Three runs, one of them with hostile words in it and one of characters of two tokens; and, beside them, what must not be shown."""
     folder = tmp_path_factory.mktemp("site")
     text, served = folder / "sea.txt", folder / "runs"
     text.write_text(babble(0, 4000), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(measured))
-        model = nanogpt.train(text, served / "sea", **SMALL)
-        (folder / "letters.txt").write_text("".join(random.Random(0).choices("жб ", k=6000)), encoding="utf-8")
-        nanogpt.train(folder / "letters.txt", served / "letters", **SMALL | {"tokenizer": "byte", "steps": 100, "eval_every": 100})
+    model = nanogpt.train(text, served / "sea", **SMALL)
+    (folder / "letters.txt").write_text("".join(random.Random(0).choices("жб ", k=6000)), encoding="utf-8")
+    nanogpt.train(folder / "letters.txt", served / "letters", **SMALL | {"tokenizer": "byte", "steps": 300, "eval_every": 300})
     shutil.copytree(served / "sea", served / HOSTILE)
     with (served / HOSTILE / "samples.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": 60, "text": HOSTILE_TEXT}) + "\n")
-    with (served / HOSTILE / "text.json").open("r+", encoding="utf-8") as file:
-        about = json.load(file) | {"sources": [HOSTILE]}
-        file.seek(0)
-        json.dump(about, file)
-        file.truncate()
+    about = json.loads((served / "sea" / "text.json").read_text(encoding="utf-8")) | {"sources": [HOSTILE]}
+    (served / HOSTILE / "text.json").write_text(json.dumps(about), encoding="utf-8")
     os.utime(served / "sea" / "metrics.jsonl")  # the last written to, which the page shows first
     shutil.copytree(served / "sea", folder / "elsewhere")
     (served / "link").symlink_to(folder / "elsewhere")
-    models = Models(served, ServeConfig(port=0, rows=4))
+    return SimpleNamespace(runs=served, model=model, text=text.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def site(trained):
+    """A server of them."""
     sock = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(models, served), log_level="warning"))
+    models = Models(trained.runs, ServeConfig(port=0, rows=4), PlaceConfig(dtype="float32"))
+    server = uvicorn.Server(uvicorn.Config(create_app(models, trained.runs), log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     port = sock.getsockname()[1]
-    yield SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, runs=served, model=model, text=text.read_text(encoding="utf-8"))
+    yield SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, **vars(trained))
     server.should_exit = True
     thread.join()
     sock.close()

@@ -51,6 +51,19 @@ export function announce(message) {
   document.getElementById("live").textContent = message;
 }
 
+const SOON = 800; // milliseconds in which most models answer
+
+/** What the work gives; where that takes a while, `node` says meanwhile what is waited for. */
+export async function waitingFor(work, node) {
+  const wait = setTimeout(() => (node.textContent = "The model is being made ready; the first time, that may take half a minute …"), SOON);
+  try {
+    return await work;
+  } finally {
+    clearTimeout(wait);
+    node.textContent = "";
+  }
+}
+
 /** A sentence that says what went wrong, in place of a result. */
 export function failure(error) {
   return el("p", { className: "notice", role: "alert" }, error.message);

@@ -1,7 +1,7 @@
 // The text that Look and Copies work on: pasted, or taken from a run.
 
 import { ask } from "./api.js";
-import { el, failure } from "./dom.js";
+import { el, failure, waitingFor } from "./dom.js";
 
 /** What stands in a tab while there is no model. */
 export function noModel() {
@@ -16,10 +16,11 @@ export class Source {
     this.box = el("textarea", { rows: 5, spellcheck: false, placeholder: "Paste or type any text here." });
     this.go = el("button", { type: "submit", className: "primary" }, verb);
     this.error = el("div");
+    this.waiting = el("span", { className: "quiet", role: "status" });
     this.sample = el("button", { type: "button", hidden: true, onclick: () => this.takeSample() }, "Take its last sample");
     this.form = el("form", { className: "panel", onsubmit: (event) => (event.preventDefault(), this.read()) },
       el("label", {}, el("span", { className: "label" }, label), this.box),
-      el("div", { className: "buttons" }, this.go, this.sample, el("span", { className: "quiet hint" }, "Ctrl + Enter")));  // prettier-ignore
+      el("div", { className: "buttons" }, this.go, this.sample, el("span", { className: "quiet hint" }, "Ctrl + Enter"), this.waiting));  // prettier-ignore
     this.empty = noModel();
     this.box.addEventListener("keydown", (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && this.form.requestSubmit());
     model.changed.push((name) => this.meet(name));
@@ -48,7 +49,7 @@ export class Source {
     this.error.replaceChildren();
     this.go.setAttribute("aria-busy", "true");
     try {
-      await this.onread(this.box.value);
+      await waitingFor(this.onread(this.box.value), this.waiting);
     } catch (error) {
       this.error.replaceChildren(failure(error));
     } finally {

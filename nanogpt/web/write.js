@@ -1,7 +1,7 @@
 // Write: a prompt, several continuations as they are made, and what else was likely at every place.
 
 import { ask, complete } from "./api.js";
-import { announce, el, failure, percent } from "./dom.js";
+import { announce, el, failure, percent, waitingFor } from "./dom.js";
 import { Likely } from "./likely.js";
 import { noModel } from "./source.js";
 import { shadesOfBits, TokenText } from "./tokens.js";
@@ -26,6 +26,7 @@ class Writer {
   note = el("p", { className: "quiet", hidden: true }, "Shaded: how unlikely each character was. Click one to see what else was likely there, and go on from another.");
   cards = el("div", { className: "cards" });
   error = el("div");
+  waiting = el("span", { className: "quiet", role: "status" });
   likely = new Likely("Choose one: the text is written anew from here.");
 
   constructor(panel, model) {
@@ -33,7 +34,7 @@ class Writer {
     const settings = el("div", { className: "settings-grid" });
     const form = el("form", { className: "panel", onsubmit: (event) => (event.preventDefault(), this.begin()) },
       el("label", { htmlFor: "prompt" }, "Prompt"), this.prompt,
-      el("div", { className: "buttons" }, el("button", { type: "submit", className: "primary" }, "Write"), this.stop, el("span", { className: "quiet hint" }, "Ctrl + Enter")),
+      el("div", { className: "buttons" }, el("button", { type: "submit", className: "primary" }, "Write"), this.stop, el("span", { className: "quiet hint" }, "Ctrl + Enter"), this.waiting),
       el("details", { open: innerWidth > 760 }, el("summary", {}, "Settings"), settings));  // prettier-ignore
     this.prompt.addEventListener("keydown", (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && form.requestSubmit());
     const empty = noModel();
@@ -79,13 +80,20 @@ class Writer {
     this.stop.hidden = false;
     texts.forEach((text) => text.begin());
     announce("Writing");
+    let begun = null;
+    waitingFor(new Promise((resolve) => (begun = resolve)), this.waiting);
+    const take = (news) => {
+      begun();
+      texts[news.index].take(news);
+    };
     try {
-      await complete({ ...body, model: this.model.name, logprobs: TOP }, (news) => texts[news.index].take(news), own.signal);
+      await complete({ ...body, model: this.model.name, logprobs: TOP }, take, own.signal);
       announce(texts.length === 1 ? "The text is written" : `${texts.length} texts are written`);
     } catch (problem) {
       if (problem.name !== "AbortError") this.error.replaceChildren(failure(problem));
       else announce("Stopped");
     } finally {
+      begun();
       texts.forEach((text) => text.rest());
       if (this.running === own) [this.stop.hidden, this.running] = [true, null];
     }
