@@ -3,6 +3,7 @@
 In: tensors by name, whole or sharded. Out: safetensors files by PyTorch's distributed checkpoints (DCP), in the storage format that is without pickles.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -29,7 +30,9 @@ def load_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     alone = not any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
     try:
-        load(tensors, storage_reader=HuggingFaceStorageReader(path=str(folder)), no_dist=alone)
+        with warnings.catch_warnings():  # it says what `alone` says
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            load(tensors, storage_reader=HuggingFaceStorageReader(path=str(folder)), no_dist=alone)
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise ValueError(f"{cause} (rank {min(error.failures)})") from error
