@@ -121,9 +121,9 @@ def test_the_notebook_runs(story, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     few = ", ".join(f"{name}={value!r}" for name, value in (TINY | {"steps": 4, "eval_every": 2, "context_length": 64}).items())
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert sum('"python-docs"' in cell and "minutes=1" in cell for cell in cells) == 1
+    assert sum('"python-docs"' in cell and "minutes=5" in cell for cell in cells) == 1
     scope = {}
     for cell in cells:
-        exec(cell.replace('"python-docs"', repr(str(story))).replace("minutes=1", few), scope)
+        exec(cell.replace('"python-docs"', repr(str(story))).replace("minutes=5", few), scope)
     assert scope["surprise"].total_bits == pytest.approx(sum(scope["surprise"].bits))
     assert "step 4: validation loss" in capsys.readouterr().out

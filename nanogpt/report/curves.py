@@ -81,7 +81,7 @@ def chart(
     if right:
         scaled = Axis(up.low * right[1], up.high * right[1], up.log)
         marks += [_label("y right", 100 - 100 * scaled.place(value), short(value)) for value in scaled.ticks(most)]
-    marks += [_label("x", 100 * across.place(value), short(value)) for value in across.ticks(most + 1)]
+    marks += [_label("x", 100 * across.place(value), short(value)) for value in across.ticks(most + 1 if tall or last < 10_000 else 3)]
     marks += [_label("name", place, name) for name, place in _apart({name: 100 - 100 * up.place(value) for name, value in levels.items()})]
     keys = "".join(f'<span class="key {curve.colour}">{html.escape(curve.name)} <output></output></span>' for curve in curves)
     second = f'<span class="unit right">{html.escape(right[0])}</span>' if right else ""

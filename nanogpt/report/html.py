@@ -186,7 +186,8 @@ def _passes(facts: Facts) -> str:
     if not facts.steps or not facts.text.get("train_tokens"):
         return ""
     tokens = sum(record["tokens"] for record in facts.steps) / len(facts.steps) * facts.step
-    return f"{tokens / facts.text['train_tokens']:.2g}"
+    passes = tokens / facts.text["train_tokens"]
+    return f"{passes:,.0f}" if passes >= 10 else f"{passes:.2g}"
 
 
 def _curves(facts: Facts) -> tuple[str, list[object]]:
@@ -204,12 +205,13 @@ def _curves(facts: Facts) -> tuple[str, list[object]]:
             right = ("bits per byte", points[-1]["bits_per_byte"] / points[-1]["val_loss"])
     small = {
         "Learning rate": ("", "learning_rate", False, True),
-        "Gradient norm": ("before it is clipped", "grad_norm", True, False),
+        "Gradient norm": ("", "grad_norm", True, False),
         "Speed": ("tokens a second", "tokens_per_second", False, True),
     }
     drawn = [chart("Loss", "nats per token", losses, facts.step, levels=_baselines(facts), right=right, log=True, tall=True)]
     drawn += [chart(title, unit, [of_steps[name]], facts.step, log=log, zero=zero) for title, (unit, name, log, zero) in small.items()]
-    note = "Across: steps. The training loss is of each step's own batch, drawn as means of neighbours with a band from the lowest to the highest."
+    note = "Across: steps. The training loss is of each step's own batch, the gradient norm is that before clipping. Lines are means of neighbours where there "
+    note += "are many, with a band from the lowest to the highest."
     most = max((record.get("val_tokens", 0) for record in facts.evaluations), default=0)
     if 0 < most < facts.text.get("val_tokens", 0) - 1:
         note += f" Evaluations during the run took {most:,} of the {facts.text['val_tokens']:,} held-out tokens, always the same ones."

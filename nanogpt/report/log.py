@@ -61,15 +61,15 @@ def read_records(path: Path, most_steps: int | None = None) -> list[dict[str, An
     Of more than `most_steps` training steps only so many are read, spread evenly and with the last among them, so that it takes no longer for a long run.
     Errors: `OSError` where there is no such file.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    steps = [i for i, line in enumerate(lines) if '"tokens_per_second"' in line] if most_steps else []
+    lines = path.read_bytes().split(b"\n")  # which become text only if they are wanted
+    steps = [i for i, line in enumerate(lines) if b'"tokens_per_second"' in line] if most_steps else []
     if most_steps and len(steps) > most_steps:
         left_out = set(steps) - {steps[(k + 1) * len(steps) // most_steps - 1] for k in range(most_steps)}
         lines = [line for i, line in enumerate(lines) if i not in left_out]
     found = []
     for line in lines:
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode("utf-8", errors="replace"))
         except ValueError:
             break
         if not isinstance(record, dict):
