@@ -366,7 +366,11 @@ def plan(
             chosen = recipe.choose(60 * settled.training.minutes, text_bytes or 10**6, vocab_size, place, given)
             given |= {choice.name: choice.value for choice in chosen}
         given |= place.settings().model_dump()
-        cluster = Cluster(str(place), machine.peak(place.device, place.dtype), machine.memory_of(place.device), None, between, between, gpus_per_node, nodes)
+        shared = gpus_per_node if place.device.type == "cpu" else 1  # processes on CPUs share what there is
+        memory = machine.memory_of(place.device)
+        cluster = Cluster(
+            str(place), machine.peak(place.device, place.dtype) / shared, memory and memory / shared, None, between, between, gpus_per_node, nodes
+        )  # fmt: skip
     settled = resolve(given)
     corpus = corpus_of(text_bytes, tokenizer, vocab_size, nodes) if text_bytes else None
     found = plan(settled.model, settled.training, settled.machine, vocab_size, cluster, corpus, price)

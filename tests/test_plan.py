@@ -140,15 +140,21 @@ def test_muon_gives_each_matrix_to_one_device():
         assert list(made.step.communication.values())[-1] == pytest.approx(each * 6 * 12 * 384**2)
 
 
-def test_a_share_of_fsdp_is_what_fully_shard_keeps():
+def test_a_share_of_fsdp_is_what_fully_shard_keeps_and_sends():
     """Measured in a process that takes itself for the first of several; shares differ by a row of each parameter where they do not come out even."""
     code = """
-import sys, json, torch, torch.distributed as dist
+import sys, json, torch, torch.distributed as dist, torch.utils._python_dispatch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from nanogpt import checkpoint
 from nanogpt.config import ModelConfig
+class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        for name, whole in (("allgather", 0), ("reduce_scatter", 1)):
+            if name in operation.name():
+                sent[name] = sent.get(name, 0) + args[whole].nbytes
+        return operation(*args, **(kwargs or {}))
 for ranks in (2, 5):
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     mesh = init_device_mesh("cpu", (ranks,))
@@ -157,20 +163,25 @@ for ranks in (2, 5):
         model.init_weights(torch.Generator().manual_seed(0))
         for module in (*model.blocks, model):
             fully_shard(module, mesh=mesh)
-        model(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
+        sent = {}
+        with Counting():
+            model(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
         weights, gradients = (sum(part.to_local().nbytes for part in parts) for parts in zip(*((p, p.grad) for p in model.parameters())))
-        print(json.dumps([ranks, weights, gradients, 4 * sum(p[0].numel() for p in model.parameters())]))
+        print(json.dumps([ranks, weights, gradients, 4 * sum(p[0].numel() for p in model.parameters()), list(sent.values())]))
     dist.destroy_process_group()
 """
     done = subprocess.run([sys.executable, "-c", code, json.dumps(SHAPES)], check=True, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     assert len(lines) == 2 * len(SHAPES)
-    for shape, (ranks, weights, gradients, uneven) in zip(SHAPES * 2, map(json.loads, lines), strict=True):
+    for shape, (ranks, weights, gradients, uneven, sent) in zip(SHAPES * 2, map(json.loads, lines), strict=True):
         config = resolve(shape | {"steps": 1, "batch_size": 2 * ranks})
         parts = plan.memory(config.model, config.training, 65, 2, half=False, fused=True, ranks=ranks, parallel="fsdp")
         assert 0 <= weights - parts["weights"] < uneven
         assert gradients == weights
         assert parts["gradients"] == parts["weights"] == parts["optimizer"] / 2
+        communication = foresee(shape | {"steps": 1, "batch_size": 2 * ranks, "parallel": "fsdp"}, cluster=plan.cluster_of("h100", ranks)).step.communication
+        for whole, expected in zip(sent, communication.values(), strict=True):
+            assert 0 <= whole * (ranks - 1) / ranks - expected <= 2 * ranks * uneven
 
 
 def test_fsdp_keeps_some_things_whole():
