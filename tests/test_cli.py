@@ -35,7 +35,7 @@ SURFACE = {
 SMALL = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | {"steps": 4, "eval_every": 2, "dropout": 0}).items()]
 
 
-@pytest.mark.parametrize("before", [[], ["--no-compile"], ["--deterministic"], ["--resume"], ["--out=run"], ["--out", "run"], ["book.txt"]])
+@pytest.mark.parametrize("before", [[], ["--no-compile"], ["--deterministic"], ["--resume"], ["--copies"], ["--out=run"], ["--out", "run"], ["book.txt"]])
 def test_a_lone_dash_is_standard_input(before):
     assert cli._dash_last(["train", *before, "-", "--seed", "1"]) == ["train", *before, "--seed", "1", "--", "-"]
 
