@@ -340,6 +340,15 @@ def test_a_model_looks_at_a_text(trained, story):
     assert seen.embedding().ids == sorted(trained.tokenizer.encode("".join(sorted(set(story.read_text())))))
 
 
+def test_a_model_shows_what_came_of_its_training(trained):
+    page = Reader(trained._repr_html_())
+    assert page.tags.count("tr") == 1 + len(trained.summary["baselines"]) + 1
+    for part in (repr(trained), trained.summary["verdict"]["sentence"], f"{trained.summary['val_loss']:.4f}"):
+        assert part in page.text
+    assert "verdict" not in html.model("<x>", {"baselines": {"uniform": 2.0}})
+    assert "<x>" not in html.model("<x>", {"baselines": {"uniform": 2.0}})
+
+
 @pytest.mark.parametrize("what", ["surprise", "attention", "neurons", "copies"])
 def test_the_command_prints_and_draws_and_gives_json(trained, story, tmp_path, capsys, what):
     path = tmp_path / "page.html"

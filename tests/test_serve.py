@@ -565,7 +565,11 @@ def test_a_model_that_training_replaced_is_loaded_anew(inside, tmp_path):
         first = client.post("/v1/completions", json=ask).json()["choices"][0]["text"]
         assert models.names == ["run"]
         make_run(tmp_path / "run", 1)
-        assert client.post("/v1/completions", json=ask).json()["choices"][0]["text"] == own(nanogpt.load(tmp_path / "run", **PLACE.model_dump()), "the ", seed=1) != first
+        assert (
+            client.post("/v1/completions", json=ask).json()["choices"][0]["text"]
+            == own(nanogpt.load(tmp_path / "run", **PLACE.model_dump()), "the ", seed=1)
+            != first
+        )
 
 
 def test_a_damaged_model_is_told_of_and_may_be_mended(inside, tmp_path):

@@ -56,6 +56,11 @@ class Model:
         c = self._model.config
         return f"Model({c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.context_length}, step {self.summary['step']}, from {self._path})"
 
+    def _repr_html_(self) -> str:
+        from nanogpt.look import html
+
+        return html.model(repr(self), self.summary)
+
     def stream(self, prompt: str | None = None, *, seed: int | None = None, strict: bool = False, **sampling: Any) -> Iterator[str]:
         """Pieces of text that continue `prompt`, as they are made; together at most `max_tokens` tokens.
 

@@ -8,6 +8,7 @@ import html
 import struct
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -71,6 +72,14 @@ def page(title: str, fragment: str) -> str:
     """A fragment as a page of its own."""
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escaped(title)}</title><style>{PAGE_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><h1>{escaped(title)}</h1>\n{fragment}\n</body></html>\n'
+
+
+def model(name: str, summary: dict[str, Any]) -> str:
+    """What a model file tells of its training: the loss among the baselines, best last, and the verdict."""
+    losses = summary["baselines"] | ({"this model": summary["val_loss"]} if "val_loss" in summary else {})
+    rows = [[label, f"{loss:.4f}"] for label, loss in sorted(losses.items(), key=lambda row: -row[1])]
+    verdict = f"<p>{escaped(summary['verdict']['sentence'])}</p>" if "verdict" in summary else ""
+    return _look(f"<p><b>{escaped(name)}</b></p>{verdict}", _table(["", "nats per token"], rows, (1,)))
 
 
 def surprise(found: Surprise) -> str:
