@@ -130,7 +130,7 @@ function fillHeader(header, run) {
     el("dl", { className: "facts" },
       fact("Held-out text", number(run.bits_per_byte, 3), "bits per byte"),
       fact("Validation loss", number(run.val_loss, 3), "nats per token"),
-      fact("Step", run.steps ? `${number(run.step)} of ${number(run.steps)}` : number(run.step)),
+      fact("Step", run.steps && run.state !== "finished" ? `${number(run.step)} of ${number(run.steps)}` : number(run.step)),
       fact("Speed", number(run.tokens_per_second), "tokens/s"),
       fact(left ? "Time left" : "Time", left || duration(run.seconds))),
   );  // prettier-ignore
