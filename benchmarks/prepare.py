@@ -5,6 +5,10 @@ text in memory, on the first 20 MB, with nothing written. With `--train`, a smal
 
     python benchmarks/prepare.py [--gigabytes 0.1] [--kinds char,byte,bpe] [--text FILE] [--train]
 
+What `nanogpt plan` counts with is measured by
+
+    python benchmarks/prepare.py rates
+
 Linux only: memory is RssAnon of /proc/self/status, which leaves the mapped pages of files aside.
 """
 
@@ -14,14 +18,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from cyclopts import App
 
 from nanogpt.corpus import expand
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.sizes import token_dtype
+from nanogpt.tokenizer import Tokenizer, train_tokenizer
 
 app = App(help=__doc__)
+T = TypeVar("T")
 DIRECT_BYTES = 20_000_000
 PIECE = 8192  # characters that `tokenizers` is given at a time
 WATCHED = """
@@ -68,6 +76,36 @@ def repeated(path: Path, size: int) -> None:
         for _ in range(size // len(source)):
             file.write(source)
         file.write(source[: size % len(source)].decode(errors="ignore").encode())
+
+
+def rates(text: Path, out: Path, kind: str, vocab_size: int | None) -> dict[str, float | str | None]:
+    """Megabytes a second of a core, and bytes in a token."""
+    from nanogpt.prepare.scan import Scan
+    from nanogpt.prepare.shards import write_unit
+
+    def megabytes_per_second(work: Callable[[], T]) -> tuple[T, float]:
+        begin = time.process_time()
+        done = work()
+        return done, text.stat().st_size / 1e6 / (time.process_time() - begin)
+
+    scan, reading = megabytes_per_second(lambda: Scan(expand([str(text)])))
+    tokenizer, choosing = megabytes_per_second(lambda: train_tokenizer(kind, scan.texts(), vocab_size, scan.total))
+    out.mkdir()
+    _, encoding = megabytes_per_second(lambda: write_unit(out, 0, scan, 0, scan.split(1_000_000), tokenizer, ""))
+    tokens = sum(path.stat().st_size for path in out.glob("*.bin")) // token_dtype(tokenizer.vocab_size).itemsize
+    row: dict[str, float | str | None] = {"kind": kind, "vocab_size": tokenizer.vocab_size, "reading": reading, "choosing": choosing, "encoding": encoding}
+    return row | {"bytes_per_token": text.stat().st_size / tokens}
+
+
+@app.command(name="rates")
+def all_rates() -> None:
+    """What `nanogpt plan` counts with: what a core reads, looks through and encodes in a second, in processor time, and so on a busy machine too."""
+    os.environ["RAYON_NUM_THREADS"] = "1"  # before tokenizers begins any
+    with tempfile.TemporaryDirectory(prefix="nanogpt-prepare-") as name:
+        file = Path(name) / "text.txt"
+        repeated(file, len(b"".join(chunk.encode() for text in expand(["python"]) for chunk in text.chunks())))
+        for kind, vocab_size in (("char", None), ("byte", None), ("word", None), ("bpe", 1024), ("bpe", 32_768)):
+            print(json.dumps(rates(file, Path(name) / f"{kind}{vocab_size}", kind, vocab_size)), flush=True)
 
 
 @app.default

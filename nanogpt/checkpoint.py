@@ -5,13 +5,14 @@ Refuses: pickles, files that were cut short or changed, folders that hold someth
 
 Model file: `model.safetensors`, the weights, with one JSON object under "nanogpt" in its header: "format_version", "model" (the
 settings), "tokenizer" (a tokenizer.json), "summary" (how training went) and "sha256" (of all that and the tensors).
-Run folder: config.toml, text.json, metrics.jsonl, samples.jsonl, model.safetensors (the best by validation loss) and
+Run folder: config.toml, text.json, metrics.jsonl, samples.jsonl, report.html, model.safetensors (the best by validation loss) and
 state/STEP/ (the last: weights, optimiser, position), where state/latest names the STEP that is valid.
 """
 
-import errno
 import hashlib
 import json
+import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,19 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nanogpt.config import ModelConfig
 from nanogpt.errors import UserError
 from nanogpt.files import discard, replacing, write_text
+from nanogpt.machine import Ranks
 from nanogpt.model import GPT
 from nanogpt.optim import Optimizer
 from nanogpt.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
-RUN_FILES = {"config.toml", "text.json", "metrics.jsonl", "samples.jsonl", "model.safetensors", "state", ".lock"}
+RUN_FILES = {"config.toml", "text.json", "metrics.jsonl", "samples.jsonl", "ranks.jsonl", "model.safetensors", "copies.safetensors", "state", ".lock"}
+RUN_FILES |= {"report.html", "tensorboard", "wandb"}
 PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 
 
@@ -43,15 +45,15 @@ class Parts:
     summary: dict[str, Any]
 
 
-def save_model(path: Path, model: GPT, tokenizer: Tokenizer, summary: dict[str, Any]) -> None:
-    """Write the one file that is the whole model. The same model gives the same bytes."""
+def save_model(path: Path, model: GPT, tokenizer: Tokenizer, summary: dict[str, Any], ranks: Ranks = Ranks()) -> None:
+    """Write the one file that is the whole model. The same model gives the same bytes, however many processes hold it."""
     about = {
         "format_version": FORMAT_VERSION,
         "model": model.config.model_dump(),
         "tokenizer": tokenizer.to_json(),
         "summary": summary,
     }
-    _write_tensors(path, model.state_dict(), about)
+    _write_tensors(path, model.state_dict(), about, ranks)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Parts:
@@ -73,6 +75,20 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Parts:
     return Parts(model.eval(), tokenizer, summary)
 
 
+def describe(path: str | Path) -> tuple[dict[str, Any], int]:
+    """The summary in a model file, or in that of a run folder, and how many parameters it holds, without reading the weights and so without checking them.
+
+    Errors: `UserError` where there is no model file or its header cannot be read.
+    """
+    file = model_file(Path(path))
+    try:
+        with safe_open(file, "pt") as opened:
+            about = json.loads((opened.metadata() or {})["nanogpt"])
+            return about["summary"], sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"The header of {file.absolute()} cannot be read: {error}.") from error
+
+
 def empty_model(config: ModelConfig, vocab_size: int, device: torch.device | str) -> GPT:
     """A model whose weights are still to be filled, so that building it draws no random numbers."""
     with torch.device("meta"):
@@ -80,12 +96,15 @@ def empty_model(config: ModelConfig, vocab_size: int, device: torch.device | str
     return model.to_empty(device=device)
 
 
-def take_weights(model: GPT, earlier: GPT) -> None:
-    """Give a model the weights of an earlier one. They may differ in context: where positions are learned, it is no longer than before."""
-    weights = earlier.state_dict()
+@torch.no_grad()
+def take_weights(model: GPT, earlier: GPT | None, ranks: Ranks = Ranks()) -> None:
+    """Give a model the weights of an earlier one, which the first process has. They may differ in context: where positions are learned, it is no longer than
+    before."""
+    weights = earlier.state_dict() if earlier is not None else {}
     if "wpe.weight" in weights:
         weights["wpe.weight"] = weights["wpe.weight"][: model.config.context_length]
-    model.load_state_dict(weights)
+    for name, parameter in model.state_dict().items():
+        ranks.fill(parameter, weights.get(name))
 
 
 def model_file(path: Path) -> Path:
@@ -134,36 +153,64 @@ def clear_run_folder(run: Path) -> None:
         discard(run / name)
 
 
-def save_state(run: Path, step: int, model: GPT, optimizer: Optimizer, position: dict[str, Any]) -> None:
+def save_state(run: Path, step: int, model: GPT, optimizer: Optimizer, position: dict[str, Any], ranks: Ranks = Ranks()) -> None:
     """Write all that the run needs to go on after `step`, make it the latest, and drop the older ones.
 
     Killed at any moment, the folder still has the state that `latest` names.
     """
     states = run / "state"
-    if latest_step(run) == step:
+    if ranks.of_first(latest_step(run)) == step:
         return
-    discard(states / str(step))  # a killed process may have come this far, but not to naming it the latest
-    with replacing(states / str(step)) as folder:
-        folder.mkdir()
-        _write_tensors(folder / "weights.safetensors", model.state_dict(), {})
-        _write_tensors(folder / "optimizer.safetensors", optimizer.state_tensors(), {})
-        (folder / "position.json").write_text(json.dumps(position), encoding="utf-8")
+    if ranks.is_first:
+        discard(states / str(step))  # a killed process may have come this far, but not to naming it the latest
+    with replacing(states / str(step)) if ranks.is_first else nullcontext(run) as folder:
+        if ranks.is_first:
+            folder.mkdir()
+            (folder / "position.json").write_text(json.dumps(position), encoding="utf-8")
+        _write_tensors(folder / "weights.safetensors", model.state_dict(), {}, ranks)
+        _write_tensors(folder / "optimizer.safetensors", optimizer.state_tensors(), {}, ranks)
+    if not ranks.is_first:
+        return
     write_text(states / "latest", str(step))
     for other in states.iterdir():
         if other.name not in ("latest", str(step)):
             discard(other)
 
 
-def load_state(run: Path, model: GPT, optimizer: Optimizer) -> dict[str, Any]:
-    """Fill a model and its optimiser with the latest state; give the position that was saved with it.
+@torch.no_grad()
+def load_state(run: Path, model: GPT, optimizer: Optimizer, ranks: Ranks = Ranks()) -> dict[str, Any]:
+    """Fill a model and its optimiser with the latest state; give the position that was saved with it. The first process reads, however many saved it.
 
     Errors: `UserError` when a file of it is damaged.
     """
+    weights, state, position = ranks.decided(lambda: _read_state(run, model, optimizer)) or ({}, {}, {})
+    for name, parameter in model.state_dict().items():
+        ranks.fill(parameter, weights.get(name))
+    filled = {name: optimizer.room(name, shape) for name, shape in ranks.of_first({name: list(t.shape) for name, t in state.items()}).items()}
+    for name, tensor in filled.items():
+        ranks.fill(tensor, state.get(name))
+    optimizer.load_state_tensors(filled)
+    return ranks.of_first(position)
+
+
+def seconds_used(run: Path) -> float:
+    """How long the run that was saved has taken, getting ready included. Errors: `UserError` as for `load_state`."""
+    try:
+        position = json.loads((run / "state" / str(latest_step(run)) / "position.json").read_text(encoding="utf-8"))
+        return position["seconds"] + position["overhead"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"The state in {run.absolute()} is damaged: {error}.", "Train anew: --overwrite, or --out ANOTHER_FOLDER.") from error
+
+
+def _read_state(run: Path, model: GPT, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     folder = run / "state" / str(latest_step(run))
     try:
-        model.load_state_dict(_read_tensors(folder / "weights.safetensors")[1])
-        optimizer.load_state_tensors(_read_tensors(folder / "optimizer.safetensors")[1])
-        return json.loads((folder / "position.json").read_text(encoding="utf-8"))
+        weights, state = (_read_tensors(folder / f"{name}.safetensors")[1] for name in ("weights", "optimizer"))
+        wrong = [name for name, own in model.state_dict().items() if name not in weights or own.shape != weights[name].shape]
+        wrong += [name for name in state if name.rpartition(".")[0] not in weights] + [name for name in weights if name not in model.state_dict()]
+        if wrong:
+            raise ValueError(f"its tensors are others ({', '.join(wrong[:3])})")
+        return weights, state, json.loads((folder / "position.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         why = str(error).partition("\n")[0]
         what = f"The state in {folder.absolute()} is damaged, or does not fit config.toml: {why}."
@@ -179,15 +226,33 @@ def latest_step(run: Path) -> int | None:
     return step if (run / "state" / str(step) / "position.json").is_file() else None
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    tensors = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    header = json.dumps(about | {"sha256": _digest(about, tensors)})
-    with replacing(path) as unfinished:
-        try:
-            save_file(tensors, unfinished, metadata={"nanogpt": header})
-            unfinished.chmod(0o644)  # the library makes files that only their owner can read
-        except SafetensorError as error:  # it wraps the system's error in its own
-            raise OSError(errno.ENOSPC if "No space" in str(error) else errno.EIO, str(error)) from error
+def _write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any], ranks: Ranks) -> None:
+    """Write float32 tensors as a safetensors file: 8 bytes with the size of the header, the header, and one tensor after another. All processes come here,
+    the first writes; of sharded tensors it holds one at a time."""
+    header: dict[str, Any] = {"__metadata__": {"nanogpt": json.dumps(about | {"sha256": "0" * 64})}}  # the digest is known, and put in, at the end
+    end = 0
+    for name in sorted(tensors):
+        assert tensors[name].dtype == torch.float32
+        begin, end = end, end + 4 * tensors[name].numel()
+        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+    digest = _Digest(about)
+    with replacing(path) if ranks.is_first else nullcontext(path) as unfinished, unfinished.open("wb") if ranks.is_first else nullcontext() as file:
+        if file:
+            file.write(_header(header))
+        for name in sorted(tensors):
+            tensor = ranks.whole(tensors[name].detach())
+            if file:
+                file.write(digest.add(name, tensor))
+        if file:
+            header["__metadata__"]["nanogpt"] = json.dumps(about | {"sha256": digest.hexdigest()})
+            file.seek(0)
+            file.write(_header(header))
+
+
+def _header(header: dict[str, Any]) -> bytes:
+    content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    content += b" " * (-len(content) % 8)  # so that tensors lie at multiples of 8
+    return len(content).to_bytes(8, "little") + content
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -214,11 +279,28 @@ def _read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return about, tensors
 
 
+class _Digest:
+    """The SHA-256 of what a file says and of its tensors, in the order of their names."""
+
+    def __init__(self, about: dict[str, Any]):
+        self.hash = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+
+    def add(self, name: str, tensor: Tensor) -> memoryview:
+        """Count a tensor in; give its bytes."""
+        content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self.hash.update(name.encode())
+        self.hash.update(content)
+        return content
+
+    def hexdigest(self) -> str:
+        """The digest of all so far."""
+        return self.hash.hexdigest()
+
+
 def _digest(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    digest = _Digest(about)
     for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+        digest.add(name, tensors[name])
     return digest.hexdigest()
 
 

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -20,15 +21,17 @@ from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 
 import nanogpt
-from nanogpt.config import Config, PlaceConfig, SamplingConfig, TextConfig, explain, flatten, preset_settings, resolve
+from nanogpt.config import Config, PlaceConfig, SamplingConfig, ServeConfig, TextConfig, explain, flatten, is_path, preset_settings, resolve
 from nanogpt.errors import Notice, UserError
 
 Settings = Annotated[Config, Parameter(name="*")]
 PlaceSettings = Annotated[PlaceConfig, Parameter(name="*", group="Machine")]
 TextSettings = Annotated[TextConfig, Parameter(name="*", group="Text")]
 SamplingSettings = Annotated[SamplingConfig, Parameter(name="*", group="Sampling")]
+ServerSettings = Annotated[ServeConfig, Parameter(name="*", group="Server")]
 Switch = Annotated[bool, Parameter(negative="")]
 Words = Annotated[str, Parameter(allow_leading_hyphen=True)]  # which may begin with a dash
+Texts = Annotated[str, Parameter(help="Files, folders, globs, - for standard input, or a built-in text: python, python-docs, shakespeare.")]
 AsJson = Annotated[bool, Parameter(name="--json", negative="")]
 
 app = App(name="nanogpt", version=nanogpt.__version__, help="Train a GPT on your own text, on the machine you have.", exit_on_error=False, print_error=False)
@@ -36,15 +39,14 @@ app = App(name="nanogpt", version=nanogpt.__version__, help="Train a GPT on your
 
 @app.command
 def train(
-    *text: str, out: Path | None = None, config: Path | None = None, preset: str | None = None, init_from: Path | None = None,
-    resume: Switch = False, overwrite: Switch = False, settings: Settings = Config(),
+    *text: Texts, out: Path | None = None, config: Path | None = None, preset: str | None = None, init_from: Path | None = None,
+    resume: Switch = False, overwrite: Switch = False, open_page: Annotated[bool, Parameter(name="--open", negative="")] = False,
+    track: Annotated[tuple[str, ...], Parameter(negative="")] = (), settings: Settings = Config(),
 ) -> None:  # fmt: skip
     """Train a model on a text; watch it learn. Ctrl-C saves and stops.
 
     Parameters
     ----------
-    text
-        Files, folders, globs, - for standard input, or a built-in text: python, python-docs, shakespeare.
     out
         The run folder. [default: runs/NAME, by the name of the text]
     config
@@ -57,6 +59,10 @@ def train(
         Go on with the run in the folder, exactly where it was saved; it needs no text.
     overwrite
         Replace the run in the folder.
+    open_page
+        Open a page in the browser that shows the run while it goes on, and the runs beside it.
+    track
+        Give the numbers to a tracker too: tensorboard, trackio or wandb, without account or network; may be given more than once.
     """
     begun = time.monotonic()
     from nanogpt import library, report
@@ -65,13 +71,22 @@ def train(
     if out is None and not text:
         raise UserError("Which text?", "nanogpt train TEXT, or nanogpt train --resume --out RUN.")
     run = out or Path("runs") / _run_name(text[0])
-    try:
+    with ExitStack() as stack:
+        stack.callback(terminal.close)
+
+        def tell(event: report.Event) -> None:
+            terminal(event)
+            if open_page and isinstance(event, report.Started):  # the folder is there now
+                from nanogpt.serve.beside import page_beside
+
+                stack.enter_context(page_beside(run, lambda url: terminal.console.print(f"Page     {url}/")))
+
         library.train(
-            text, run, config=config, preset=preset, init_from=init_from, resume=resume, overwrite=overwrite, begun=begun, on_event=terminal,
+            text, run, config=config, preset=preset, init_from=init_from, resume=resume, overwrite=overwrite, track=track, begun=begun, on_event=tell,
             **flatten(settings, explicit=True),
         )  # fmt: skip
-    finally:
-        terminal.close()
+    if open_page:
+        print(f"The page has ended with the training. To see it again: nanogpt serve {shlex.quote(str(run.parent))}")
 
 
 @app.command
@@ -166,6 +181,86 @@ def evaluate(
 
 
 @app.command
+def look(
+    model: Path, file: str | None = None, /, *, text: Words | None = None, encoding: str | None = None,
+    surprise: Switch = False, attention: Switch = False, neurons: Switch = False, copies: Switch = False, layer: int | None = None, neuron: int | None = None,
+    as_json: AsJson = False, html: Path | None = None, machine: PlaceSettings = PlaceConfig(),
+) -> None:  # fmt: skip
+    """Look at a text with a model's eyes: what surprises it, where it looks, what its neurons do; and what of the text it may have by heart.
+
+    Parameters
+    ----------
+    model
+        A run folder or a model file.
+    file
+        The text to look at: a file, or - for standard input.
+    text
+        The text itself, instead of a file.
+    encoding
+        Encoding of the file.
+    surprise
+        How many bits each token costs the model; this is what is shown where nothing else is asked for.
+    attention
+        Where each head of each layer looks.
+    neurons
+        What the feed-forward neurons of a layer respond to.
+    copies
+        The passages that stand verbatim in the training text, next to what fresh text shows.
+    layer
+        Layer of the neurons, counted from 0. [default: the first]
+    neuron
+        Number of one neuron, counted from 0. [default: the one that varies most on this text]
+    as_json
+        One JSON object instead of a picture.
+    html
+        Write the picture to this HTML file too; it needs no network.
+    """
+    from rich.console import Console
+
+    from nanogpt import library, report
+    from nanogpt.files import write_text
+    from nanogpt.look import html as page
+    from nanogpt.look import terminal
+
+    asked = [name for name, yes in {"surprise": surprise, "attention": attention, "neurons": neurons, "copies": copies}.items() if yes] or ["surprise"]
+    if len(asked) > 1:
+        raise UserError(f"{', '.join(f'--{name}' for name in asked)}: these are {len(asked)} pictures.", "Ask for one at a time.")
+    if (layer is not None or neuron is not None) and not neurons:
+        raise UserError("--layer and --neuron say which neuron to look at.", "Use them with --neurons.")
+    seen = library.load(model, **machine.model_dump(exclude_unset=True)).look(_text_itself(file, text, encoding))
+    found = seen.neurons(layer or 0, neuron, n_excerpts=5) if neurons else getattr(seen, asked[0])()
+    if html is not None:
+        write_text(html, page.page(f"{asked[0].capitalize()}: {model}", getattr(page, asked[0])(found)))
+    _end_quietly_with_the_reader()
+    if as_json:
+        print(json.dumps(found.asdict(), ensure_ascii=False))
+    else:
+        console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        console.print(getattr(terminal, asked[0])(found, report.printable if sys.stdout.isatty() else str))
+
+
+@app.command
+def serve(
+    model: Path = Path("runs"), /, *, deterministic: Switch = False,
+    server: ServerSettings = ServeConfig(), machine: PlaceSettings = PlaceConfig(),
+) -> None:  # fmt: skip
+    """Serve models: a page to look at runs and to write with them, and the OpenAI-compatible API for programs.
+
+    Parameters
+    ----------
+    model
+        A run folder or a model file; or a folder of runs, whose models are loaded when they are asked for.
+    deterministic
+        Make each text the same as if its request had come alone, bit for bit, where that is slower.
+    """
+    from nanogpt.serve import run
+    from nanogpt.serve.models import Models
+
+    models = Models(model, server, machine, deterministic)
+    run(models, model, on_ready=lambda url: _show_server(url, models.names, server.api_key is not None))
+
+
+@app.command
 def compare(*run: Path, as_json: AsJson = False, plot: Path | None = None) -> None:
     """Lay runs side by side: the settings that differ, and what came of them; over seeds the mean with its spread.
 
@@ -190,14 +285,12 @@ def compare(*run: Path, as_json: AsJson = False, plot: Path | None = None) -> No
 
 @app.command
 def prepare(
-    *text: str, out: Path, shard: str = "1/1", as_json: AsJson = False, settings: TextSettings = TextConfig(),
+    *text: Texts, out: Path, shard: str = "1/1", as_json: AsJson = False, settings: TextSettings = TextConfig(),
 ) -> None:  # fmt: skip
     """Make the tokens of a large text once, in one process or many; then nanogpt train OUT.
 
     Parameters
     ----------
-    text
-        Files, folders, globs, - for standard input, or a built-in text: python, python-docs, shakespeare.
     out
         The folder for them. A process that was ended goes on there.
     shard
@@ -228,45 +321,63 @@ def prepare(
 @app.command
 def plan(
     *, preset: str | None = None, text_bytes: int | None = None, gpu: str | None = None, gpus_per_node: int = 1, nodes: int = 1,
-    as_json: AsJson = False, settings: Settings = Config(),
+    network: float | None = None, price: float | None = None, as_json: AsJson = False, settings: Settings = Config(),
 ) -> None:  # fmt: skip
-    """Say what a run would take: parameters, memory, arithmetic and time; here, or on GPUs that are not here. Without --vocab-size, of 65 letters and signs.
+    """Say what a run would take: parameters, memory, arithmetic, exchange, time and cost; here, or on GPUs that are not here.
+
+    Without --vocab-size, of 65 letters and signs, or of as many tokens as word and bpe would get.
 
     Parameters
     ----------
     preset
         Settings known by a name, as for train.
     text_bytes
-        Size of the text, for advice on how often it is read.
+        Size of the text: what preparing it takes, and how often it is read.
     gpu
         A GPU by name, such as H100 or RTX 4090. [default: this machine]
     gpus_per_node
         GPUs in each machine.
     nodes
         Machines.
+    network
+        Gigabits a second that go out of each machine. [default: as in NVIDIA's own servers, or 100]
+    price
+        What a GPU costs for an hour, in any money.
     as_json
         One JSON object instead of a table.
     """
-    from nanogpt import machine, recipe, report
-    from nanogpt.plan import plan
+    from nanogpt.plan import ETHERNET, Cluster, cluster_of, corpus_of, plan
+    from nanogpt.plan.table import table
+    from nanogpt.tokenizer.kinds import SIZED, suggested_size
 
-    counts = {"--text-bytes": 1 if text_bytes is None else text_bytes, "--gpus-per-node": gpus_per_node, "--nodes": nodes}
-    if wrong := [f"{name} {count}" for name, count in counts.items() if count < 1]:
-        raise UserError(f"{', '.join(wrong)}: it takes 1 or more.")
+    numbers = {"--text-bytes": text_bytes, "--gpus-per-node": gpus_per_node, "--nodes": nodes, "--network": network, "--price": price}
+    if wrong := [f"{name} {number:g}" for name, number in numbers.items() if number is not None and not number > 0]:
+        raise UserError(f"{', '.join(wrong)}: it takes more than 0.")
     given = preset_settings(preset) | flatten(settings, explicit=True)
     settled = resolve(given, complete=False)
-    vocab_size = settled.text.vocab_size or 65  # English letters and punctuation
-    here: tuple[str, float, float | None] = ("", 0.0, None)  # which takes no measuring
-    if gpu is None:
+    tokenizer = settled.text.tokenizer
+    suggested = suggested_size(text_bytes or 10**6) if tokenizer in SIZED or is_path(tokenizer) else 65  # English letters and punctuation
+    vocab_size = settled.text.vocab_size or suggested
+    if gpu is not None:
+        cluster = cluster_of(gpu, gpus_per_node, nodes, network)
+    else:
+        from nanogpt import machine, recipe  # which need torch, and that takes a second
+
+        between = ETHERNET if network is None else network * 1e9 / 8
         place = machine.choose(settled.machine)
-        here = (str(place), machine.peak(place.device, place.dtype), machine.memory_of(place.device))
         if settled.training.minutes is not None:
             chosen = recipe.choose(60 * settled.training.minutes, text_bytes or 10**6, vocab_size, place, given)
             given |= {choice.name: choice.value for choice in chosen}
         given |= place.settings().model_dump()
+        shared = gpus_per_node if place.device.type == "cpu" else 1  # processes on CPUs share what there is
+        memory = machine.memory_of(place.device)
+        cluster = Cluster(
+            str(place), machine.peak(place.device, place.dtype) / shared, memory and memory / shared, None, between, between, gpus_per_node, nodes
+        )  # fmt: skip
     settled = resolve(given)
-    found = plan(settled.model, settled.training, settled.machine, vocab_size, text_bytes, here, gpu, gpus_per_node, nodes)
-    print(json.dumps(found.asdict())) if as_json else report.show_plan(found)
+    corpus = corpus_of(text_bytes, tokenizer, vocab_size, nodes) if text_bytes else None
+    found = plan(settled.model, settled.training, settled.machine, vocab_size, cluster, corpus, price)
+    print(json.dumps(found.asdict()) if as_json else table(found))
 
 
 @app.command
@@ -311,7 +422,8 @@ def _dash_last(words: list[str]) -> list[str]:
     """Put a lone "-", standard input, behind "--", where cyclopts takes it for a text and not for an option."""
     settings = [(name, field) for section in Config.model_fields.values() for name, field in section.annotation.model_fields.items()]  # type: ignore[union-attr]
     yes_or_no = [name.replace("_", "-") for name, field in settings if field.annotation in (bool, bool | None)]
-    alone = {"--resume", "--overwrite", "--json", "--strict", "--by-position"} | {f"--{no}{name}" for name in yes_or_no for no in ("", "no-")}
+    alone = {"--resume", "--overwrite", "--json", "--strict", "--by-position", "--open", "--surprise", "--attention", "--neurons", "--copies"}
+    alone |= {f"--{no}{name}" for name in yes_or_no for no in ("", "no-")}
     texts = [i for i, word in enumerate(words) if word == "-" and (not words[i - 1].startswith("--") or "=" in words[i - 1] or words[i - 1] in alone)]
     if not texts or "--" in words:
         return words
@@ -327,9 +439,38 @@ def _read_prompt(name: str, encoding: str | None) -> str:
     return "".join(expand([name], encoding)[0].chunks()).removesuffix("\n").removesuffix("\r")
 
 
+def _text_itself(file: str | None, text: str | None, encoding: str | None) -> str:
+    """The text of a file, of standard input for "-", or what was given instead."""
+    from nanogpt.corpus import expand
+
+    if (file is None) == (text is None):
+        what = "Which text?" if file is None else "Both a file and --text were given."
+        raise UserError(what, 'nanogpt look MODEL FILE, nanogpt look MODEL --text "...", or nanogpt sample MODEL | nanogpt look MODEL -')
+    if file is None:
+        return text or ""
+    try:
+        sources = expand([file], encoding)
+    except UserError as error:
+        raise UserError(str(error), 'To look at these words themselves: --text "...".') from error
+    return "".join(chunk for source in sources for chunk in source.chunks())
+
+
 def _run_name(text: str) -> str:
     """What a run is called when nobody named it: as its first text, in characters that every system allows in a file name."""
-    return re.sub(r"[^\w.-]+", "-", "stdin" if text == "-" else Path(text).resolve().stem).strip("-.") or "text"
+    from nanogpt.corpus.formats import is_packed
+
+    path = Path("stdin" if text == "-" else text).resolve()
+    name = Path(path.stem).stem if is_packed(path.name) else path.stem
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "text"
+
+
+def _show_server(url: str, names: list[str], needs_key: bool) -> None:
+    """Where the server is, and how a program asks it."""
+    body = shlex.quote(json.dumps({"model": names[0] if names else "NAME", "prompt": "Once upon", "max_tokens": 100}, ensure_ascii=False))
+    key = ' -H "Authorization: Bearer $NANOGPT_API_KEY"' if needs_key else ""
+    print(f"Page     {url}/\nAPI      {url}/v1 ({len(names)} model{'s' * (len(names) != 1)})")
+    print(f"Try it   curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d {body}")
+    print("Ctrl-C ends it, when what is under way has finished.", flush=True)
 
 
 def _end_quietly_with_the_reader() -> None:

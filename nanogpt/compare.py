@@ -13,7 +13,8 @@ import shlex
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import cycle
+from html import escape
+from itertools import cycle, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from rich.table import Table
 from nanogpt import checkpoint
 from nanogpt.config import flatten, read_toml, resolve
 from nanogpt.errors import UserError
-from nanogpt.report import duration, printable
+from nanogpt.report import duration, printable, read_records
 
 RUN_MARKS = ("config.toml", "metrics.jsonl", "model.safetensors")  # any of them makes a folder a run
 PACED = ("steps", "eval_every", "learning_rate", "matrix_learning_rate")  # what the recipe fits to the steps that it foresees in a run by the clock,
@@ -189,17 +190,8 @@ def _about(path: Path) -> dict[str, Any]:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, up to what a dying machine left unreadable."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(record, dict) or not any(all(isinstance(record.get(name), int | float) for name in names) for names in LINES):
-            break
-        records.append(record)
-    return records
+    """The lines of a metrics.jsonl, up to the first that lacks something."""
+    return list(takewhile(lambda record: any(all(isinstance(record.get(name), int | float) for name in names) for names in LINES), read_records(path)))
 
 
 def _curve(records: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -326,13 +318,20 @@ def _remarks(found: Comparison, names: dict[str, str]) -> list[str]:
     return remarks
 
 
+COLOURS = ("#4c7fd9", "#d9722e", "#2f9e6e", "#b35bbf", "#b8942a", "#d6557a", "#3f9fb3", "#8d7257")  # which stand out from white and from black
+INK, RULE = "#808790", "rgba(128, 135, 144, 0.25)"  # and so do these
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Runs side by side</title>
+<style>:root { color-scheme: light dark } body { margin: 0 }</style></head><body>%s</body></html>
+"""
+
+
 def plot(found: Comparison) -> str:
     """A page with the curves: bits per byte at each evaluation, over time or over tokens. It holds all it needs, and asks the network for nothing.
 
     Errors: `UserError` where no run has evaluations in its metrics.jsonl.
     """
     import plotly.graph_objects as go
-    from plotly.colors import qualitative
 
     names, runs = _names(found), {run.run: run for run in found.runs if run.evaluations}
     if not runs:
@@ -340,13 +339,27 @@ def plot(found: Comparison) -> str:
     figure = go.Figure()
     axes = {"time": ("seconds", "seconds since the first step"), "tokens": ("tokens", "tokens read")}
     over: dict[str, list[list[float]]] = {label: [] for label in axes}  # the x of each curve
-    for group, colour in zip(found.groups, cycle(qualitative.Plotly), strict=False):
+    for group, colour in zip(found.groups, cycle(COLOURS), strict=False):
         for run in (runs[name] for name in group.runs if name in runs):
             for label, (field, _) in axes.items():
                 over[label].append([point[field] for point in run.evaluations])
             bits = [point["bits_per_byte"] for point in run.evaluations]
-            figure.add_scatter(x=over["time"][-1], y=bits, name=names[run.run], mode="lines+markers", line_color=colour)
+            figure.add_scatter(x=over["time"][-1], y=bits, name=escape(names[run.run]), mode="lines+markers", line_color=colour)
     buttons = [{"label": f"over {label}", "method": "update", "args": [{"x": over[label]}, {"xaxis.title.text": title}]} for label, (_, title) in axes.items()]
-    switch = {"type": "buttons", "direction": "right", "buttons": buttons, "x": 0, "xanchor": "left", "y": 1.1}
-    figure.update_layout(xaxis_title=axes["time"][1], yaxis_title="bits per byte at evaluations", showlegend=True, updatemenus=[switch])
-    return figure.to_html(include_plotlyjs=True, div_id="curves")
+    switch = {"type": "buttons", "direction": "right", "buttons": buttons, "showactive": False, "bgcolor": RULE, "bordercolor": RULE}
+    figure.update_layout(
+        template="none",
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"color": INK, "family": "system-ui, sans-serif", "size": 14},
+        margin={"l": 64, "r": 24, "t": 64, "b": 96},
+        hovermode="closest",
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": INK, "activecolor": COLOURS[0]},
+        showlegend=True,
+        legend={"orientation": "h", "yref": "container", "y": 0.01},
+        updatemenus=[switch | {"x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "pad": {"b": 12}}],
+    )
+    figure.update_xaxes(title=axes["time"][1], title_standoff=12, automargin=True, gridcolor=RULE, zeroline=False, rangemode="tozero")
+    figure.update_yaxes(title="bits per byte", title_standoff=12, automargin=True, gridcolor=RULE, zeroline=False)
+    config = {"displaylogo": False, "responsive": True}
+    return PAGE % figure.to_html(full_html=False, include_plotlyjs=True, div_id="curves", default_height="100vh", config=config)

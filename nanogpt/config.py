@@ -144,6 +144,8 @@ class MachineConfig(PlaceConfig):
     """Have torch.compile write the training step for this machine. [default: where that pays for itself within the run]"""
     attention: Literal["auto", "fused", "plain"] = "auto"
     """fused is one kernel, plain a softmax between two products; auto is the faster."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Of several processes: with ddp each holds the whole model, with fsdp its share of it, and fetches the rest as it goes."""
 
 
 class Config(Section):
@@ -176,6 +178,23 @@ class SamplingConfig(Section):
     """The only tokens to draw, if given; from programs only."""
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Parameter(negative="", allow_leading_hyphen=True)] = ()
     """End before this text; may be given more than once."""
+
+
+class ServeConfig(Section):
+    """Where the server is reached, and how much it takes on."""
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """The address to listen at; one that other machines reach needs an API key."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """The port to listen at; 0 is any that is free."""
+    api_key: Annotated[str | None, Field(pattern="^[!-~]{8,}$"), Parameter(env_var="NANOGPT_API_KEY", show_env_var=True)] = None
+    """A key, of eight signs or more, that every request must carry. On the command line other users of the machine can see it: better set NANOGPT_API_KEY."""
+    rows: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Texts that each model writes at the same time."""
+    queue: Annotated[int, Field(ge=0, le=100_000)] = 128
+    """Texts that may wait for that; what comes beyond is told when to come again."""
+    seconds: Annotated[float, Field(gt=0, le=86_400)] = 600.0
+    """The longest that one request may take; its texts then end where they are."""
 
 
 def _gpt2(n_layer: int, n_head: int, n_embd: int, learning_rate: float, steps: int) -> dict[str, Any]:

@@ -11,14 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanogpt.sizes import token_dtype
+
 IGNORED = -100  # a target that is none: behind the end of a document; cross-entropy leaves it out
 MOST_OPEN = 64  # shards of a text that are mapped at a time: systems limit the files that a process may hold
 PASSES = 2**40  # the second number of the random bits of a pass over the text, which no row reaches
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest unsigned integer that holds every token id."""
-    return np.min_scalar_type(vocab_size - 1)
 
 
 class Tokens:

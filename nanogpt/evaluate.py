@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nanogpt.data import Tokens
-from nanogpt.machine import Machine
+from nanogpt.machine import Machine, Ranks
 from nanogpt.model import GPT
 
 NGRAM_TOKENS = 10_000_000  # baselines are counted on at most so many tokens of the training split, which bounds the memory,
@@ -71,12 +71,14 @@ class Size:
 
 @torch.inference_mode()
 def evaluate(
-    model: GPT, tokens: Tokens | np.ndarray, n_bytes: int, machine: Machine, context_length: int | None = None, limit: int | None = None, n_words: int = 0
-) -> Loss:
+    model: GPT, tokens: Tokens | np.ndarray, n_bytes: int, machine: Machine, context_length: int | None = None, limit: int | None = None, n_words: int = 0,
+    ranks: Ranks = Ranks(),
+) -> Loss:  # fmt: skip
     """The loss over all of `tokens` (N,), N >= 2, in non-overlapping windows of `context_length` (the model's own, if not given).
 
     Every token but the first is predicted once, from those before it in its window. `n_bytes` is the size of the text, `n_words` its words. With
     `limit`, only so many tokens are predicted, in whole windows spread evenly over the split, always the same ones.
+    Of many processes each computes a share.
     """
     T = context_length or model.config.context_length
     starts = np.arange(0, len(tokens) - 1, T)
@@ -84,16 +86,22 @@ def evaluate(
     if limit is not None and limit // T < len(whole):
         starts = whole[np.linspace(0, len(whole) - 1, max(1, limit // T)).round().astype(int)]
     rows = max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.vocab_size) // T)
-    nats, count = 0.0, 0
+    nats, count = 0.0, 0.0
     full, short = starts[starts + T < len(tokens)], starts[starts + T >= len(tokens)]
-    for group in (*(full[i : i + rows] for i in range(0, len(full), rows)), *short.reshape(-1, 1)):
+    groups = [*(full[i : i + rows] for i in range(0, len(full), rows)), *short.reshape(-1, 1)]
+    for turn in range(ranks.rank, -(-len(groups) // ranks.size) * ranks.size, ranks.size):
+        if turn >= len(groups) and not ranks.sharded:  # else the others need this process, too
+            break
+        group = groups[min(turn, len(groups) - 1)]
         windows = np.stack([tokens[start : start + T + 1] for start in group]).astype(np.int64)
         block = torch.from_numpy(windows).to(machine.device)  # (B, T + 1)
         with machine.autocast():
-            nats += model.nats(block[:, :-1], block[:, 1:]).item()
-        count += block[:, 1:].numel()
+            of_group = model.nats(block[:, :-1], block[:, 1:]).item()
+        if turn < len(groups):
+            nats, count = nats + of_group, count + block[:, 1:].numel()
+    nats, count = ranks.sum(nats, count)
     share = count / len(tokens)
-    return Loss(nats, count, n_bytes * share, n_words * share)
+    return Loss(nats, int(count), n_bytes * share, n_words * share)
 
 
 def ngram_losses(train: Tokens | np.ndarray, val: Tokens | np.ndarray) -> dict[str, float]:

@@ -44,7 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
         _sync(path.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise disk_full(path) from error
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not path.is_dir():
             raise
@@ -98,6 +98,11 @@ def require_space(path: Path, needed: int) -> None:
     existing = next(folder for folder in [path.absolute(), *path.absolute().parents] if folder.exists())
     if shutil.disk_usage(existing).free < needed:
         raise disk_full(path, needed)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the disk, or what a person may use of it, had no room."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def disk_full(path: Path, needed: int | None = None) -> UserError:

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt.config import ModelConfig
+from nanogpt.sizes import QUERIES, SCORES, swiglu_width
 
-QUERIES = 1024  # that attend at a time where their probabilities or masks are held
-SCORES = 2**25  # logits that are held at a time
 EPSILON = 1e-6  # of RMSNorm, as in Qwen3
 
 
@@ -128,19 +127,29 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C). `turn` is that of `turns`, for modern; `mask` that of `causal_mask`, None where none is needed; key (B,) for dropout;
         with a cache, the T tokens also attend to what it holds."""
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2K, T, D)
-        q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
-        if turn is not None:
-            q, k = (rotate(norm(part.float()), turn).type_as(v) for part, norm in ((q, self.q_norm), (k, self.k_norm)))
+        q, k, v = self.heads(x, turn)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, K, S, D)
         if T == 1:
             q = q.view(B, self.n_kv_head, -1, self.head_dim)  # queries that share keys go together, like tokens that all see the same: (B, K, H / K, D)
-        elif self.n_kv_head < self.n_head:
-            k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))  # (B, H, S, D)
+        else:
+            k, v = self.share(k), self.share(v)  # (B, H, S, D)
         at_once = T <= QUERIES or self.is_causal(T, k.shape[2], key)
         y = self.attend(q, k, v, mask, key, causal=T > 1) if at_once else self.attend_by_blocks(q, k, v, key)
         return self.proj(y.reshape(B, self.n_head, T, self.head_dim).transpose(1, 2).reshape(B, T, C))
+
+    def heads(self, x: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C) -> queries (B, H, T, D), keys and values (B, K, T, D), normalised and turned where the shape is modern."""
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2K, T, D)
+        q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        if turn is not None:
+            q, k = (rotate(norm(part.float()), turn).type_as(v) for part, norm in ((q, self.q_norm), (k, self.k_norm)))
+        return q, k, v
+
+    def share(self, part: Tensor) -> Tensor:
+        """Keys or values (B, K, S, D), each repeated for the queries that it serves: (B, H, S, D)."""
+        return part if self.n_kv_head == self.n_head else part.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
 
     def is_causal(self, T: int, S: int, key: Tensor | None) -> bool:
         """Whether T queries and S keys need no mask: a kernel knows which come before which, or all do."""
@@ -151,9 +160,13 @@ class Attention(nn.Module):
         before it if `causal`, else all."""
         if self.is_fused(key):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), is_causal=causal and mask is None)
-        scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3)  # (B, H, T, S)
+        return dropout(self.weights(q, k, mask), self.dropout, key) @ v
+
+    def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        """How much of each of S tokens each of T queries takes, (B, H, T, S): rows sum to one."""
+        scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3)
         seen = scores if mask is None else scores.float() + mask
-        return dropout(seen.softmax(dim=3).type_as(scores), self.dropout, key) @ v
+        return seen.softmax(dim=3).type_as(scores)
 
     def attend_by_blocks(self, q: Tensor, k: Tensor, v: Tensor, key: Tensor | None) -> Tensor:
         """The same for many queries, which are the last of the S tokens, some at a time: with all keys, or with a window, with those that one of them can see.
@@ -244,11 +257,6 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def swiglu_width(n_embd: int) -> int:
-    """Channels inside a SwiGLU with the parameters of a four times wider layer: 8/3 of the width, rounded up to a multiple of 32."""
-    return -(-8 * n_embd // 3 // 32) * 32
-
-
 class Block(nn.Module):
     """Attention and feed-forward, each on a normalised copy of the stream and added to it."""
 
@@ -303,15 +311,19 @@ class GPT(nn.Module):
         al. 2019, "Fixup", section 3.2).
         """
         for name, parameter in self.named_parameters():
-            into_stream = name.endswith("proj.weight")
-            if parameter.dim() < 2:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-            elif self.config.arch == "classic":
-                parameter.normal_(0.0, 0.02 / (math.sqrt(2 * self.config.n_layer) if into_stream else 1.0), generator=generator)
-            elif into_stream or name == "head.weight":
-                parameter.zero_()
-            else:
-                parameter.normal_(0.0, 1.0 if name == "wte.weight" else parameter.shape[1] ** -0.5, generator=generator)
+            self.init_weight(name, parameter, generator)
+
+    def init_weight(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        """The initial values of one of the parameters, which are drawn in their order."""
+        into_stream = name.endswith("proj.weight")
+        if parameter.dim() < 2:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+        elif self.config.arch == "classic":
+            parameter.normal_(0.0, 0.02 / (math.sqrt(2 * self.config.n_layer) if into_stream else 1.0), generator=generator)
+        elif into_stream or name == "head.weight":
+            parameter.zero_()
+        else:
+            parameter.normal_(0.0, 1.0 if name == "wte.weight" else parameter.shape[1] ** -0.5, generator=generator)
 
     def matrices(self) -> dict[str, list[int]]:
         """The names of the blocks' matrices, each with the rows of the separate matrices that are stacked in it: queries, keys, values; gate, value."""

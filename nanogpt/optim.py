@@ -5,6 +5,7 @@ In: named parameters and the settings of a run. Out: an optimiser, and its state
 
 import math
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,18 +30,30 @@ POLAR_EXPRESS = tuple(
 )
 
 
+Compute = Callable[[list[int], list[Tensor]], list[Tensor]]  # the updates of some directions, by their numbers
+Divided = Callable[[Sequence[Tensor], Compute], list[Tensor]]  # those of all directions, however they are computed
+
+
+def undivided(directions: Sequence[Tensor], compute: Compute) -> list[Tensor]:
+    """All of them here, at once."""
+    return compute(list(range(len(directions))), list(directions))
+
+
 class Optimizer:
     """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest; each with its highest learning rate.
 
     They are functions of gradients and of a state by name; the classes of `torch.optim` import the compiler when they are made, which takes a second.
     """
 
-    def __init__(self, model: nn.Module, settings: TrainingConfig, matrices_of_blocks: dict[str, list[int]], dtype: torch.dtype = torch.bfloat16):
+    def __init__(
+        self, model: nn.Module, settings: TrainingConfig, matrices_of_blocks: dict[str, list[int]],
+        dtype: torch.dtype = torch.bfloat16, divided: Divided = undivided,
+    ):  # fmt: skip
         """`matrices_of_blocks` has the names of parameters that Muon may move, each with the row counts of the separate matrices stacked in it;
-        `dtype` is that of its products, of which bfloat16 is enough."""
+        `dtype` is that of its products, of which bfloat16 is enough; `divided` says who computes them."""
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-        self.settings, self.dtype = settings, dtype
+        self.settings, self.dtype, self.divided = settings, dtype, divided
         muon = settings.optimizer == "muon"
         self.matrices = {p: matrices_of_blocks[name] for p, name in self.names.items() if muon and name in matrices_of_blocks}
 
@@ -53,13 +66,19 @@ class Optimizer:
         # only matrices decay: shrinking a bias or a norm's gain regularises nothing
         adamw([p for p in rest if p.dim() >= 2], self.state, share * settings.learning_rate, decay)
         adamw([p for p in rest if p.dim() < 2], self.state, share * settings.learning_rate, 0.0)
-        muon({p: self.matrices[p] for p in moving if p in self.matrices}, self.state, share * settings.matrix_learning_rate, decay, self.dtype)
+        whole = {p: self.matrices[p] for p in moving if p in self.matrices}
+        muon(whole, self.state, share * settings.matrix_learning_rate, decay, self.dtype, self.divided)
         for p in moving:
             p.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The state as tensors named "parameter.quantity", for a file."""
         return {f"{self.names[p]}.{key}": value for p, state in self.state.items() for key, value in state.items()}
+
+    def room(self, full_name: str, shape: Sequence[int]) -> Tensor:
+        """An empty tensor for one of the names of `state_tensors`, which lies as its parameter does. Errors: KeyError for a parameter that is not there."""
+        p = {name: p for p, name in self.names.items()}[full_name.rpartition(".")[0]]
+        return torch.empty_like(p, requires_grad=False) if list(p.shape) == list(shape) else torch.empty(list(shape), device=p.device)
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `state_tensors` gave, exactly. Errors: KeyError for a parameter that is not there."""
@@ -85,27 +104,40 @@ def adamw(parameters: list[Tensor], state: dict[Tensor, dict[str, Tensor]], rate
     )  # fmt: skip
 
 
-def muon(matrices: dict[Tensor, list[int]], state: dict[Tensor, dict[str, Tensor]], rate: float, decay: float, dtype: torch.dtype) -> None:
+def muon(
+    matrices: dict[Tensor, list[int]], state: dict[Tensor, dict[str, Tensor]], rate: float, decay: float, dtype: torch.dtype, divided: Divided = undivided
+) -> None:
     """One update of Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers"): W <- (1 - rate decay) W - rate sqrt(max(1, rows / columns))
     orthogonalize(Nesterov momentum of the gradient), so that every direction of a matrix moves by the same amount.
-
-    Matrices that lie stacked in one parameter, by the row counts given, are moved one by one; those of one shape are computed together.
     """
-    alike = defaultdict(list)  # shape -> (matrix, direction), views of the parameters and of what they move along
-    for p, rows in matrices.items():
+    if not matrices:
+        return
+    directions = []
+    for p in matrices:
         if not state[p]:
             state[p]["momentum"] = torch.zeros_like(p)
         assert p.grad is not None
         momentum = state[p]["momentum"].lerp_(p.grad, 1 - MOMENTUM)
-        direction = p.grad.lerp(momentum, MOMENTUM).to(dtype)
-        p.mul_(1 - rate * decay)
-        for matrix, part in zip(p.split(rows), direction.split(rows), strict=True):
-            alike[matrix.shape].append((matrix, part))
+        directions.append(p.grad.lerp(momentum, MOMENTUM).to(dtype))
+    stacks = list(matrices.values())
+    updates = divided(directions, lambda numbers, whole: _orthogonal_updates(whole, [stacks[i] for i in numbers]))
+    for p, update in zip(matrices, updates, strict=True):
+        p.mul_(1 - rate * decay).sub_(update, alpha=rate)
+
+
+def _orthogonal_updates(directions: list[Tensor], stacks: list[list[int]]) -> list[Tensor]:
+    """What Muon moves some parameters along. Matrices that lie stacked in one of them, by the row counts given, are orthogonalised one by one; those of one
+    shape are computed together."""
+    updates = [torch.empty_like(direction) for direction in directions]
+    alike = defaultdict(list)  # shape -> (direction, where its update goes), views
+    for direction, update, rows in zip(directions, updates, stacks, strict=True):
+        for part, into in zip(direction.split(rows), update.split(rows), strict=True):
+            alike[part.shape].append((part, into))
     for shape, pairs in alike.items():
-        updates = orthogonalize(torch.stack([part for _, part in pairs]))  # (matrices, rows, columns)
-        scale = max(1.0, shape[0] / shape[1]) ** 0.5
-        for (matrix, _), update in zip(pairs, updates.unbind(), strict=True):
-            matrix.sub_(update, alpha=rate * scale)
+        found = orthogonalize(torch.stack([part for part, _ in pairs])) * max(1.0, shape[0] / shape[1]) ** 0.5  # (matrices, rows, columns)
+        for (_, into), update in zip(pairs, found.unbind(), strict=True):
+            into.copy_(update)
+    return updates
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

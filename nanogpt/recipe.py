@@ -44,8 +44,9 @@ class Choice:
     reason: str
 
 
-def choose(seconds: float, tokens: int, vocab_size: int, place: Machine, given: dict[str, Any]) -> list[Choice]:
-    """The settings for a run of so many seconds on a text of so many training tokens; what is `given` stays, and the others fit it.
+def choose(seconds: float, tokens: int, vocab_size: int, place: Machine, given: dict[str, Any], processes: int = 1) -> list[Choice]:
+    """The settings for a run of so many seconds on a text of so many training tokens; what is `given` stays, and the others fit it. Of many `processes` each
+    is taken to be as fast as this one, and gets as many rows of a batch.
 
     Errors: `UserError` for settings that contradict each other.
     """
@@ -57,7 +58,7 @@ def choose(seconds: float, tokens: int, vocab_size: int, place: Machine, given: 
     stepping = max(1.0, 0.3 * seconds, seconds - FINISHING)
     base = {"arch": "modern", "context_length": min(CONTEXT, max(1, tokens // 4))} | given
     rows = given.get("batch_size") or (32 if place.device.type == "cuda" else 8)
-    model, read = _best_shape(base, stepping, tokens, vocab_size, place)
+    model, read = _best_shape(base, processes * stepping, tokens, vocab_size, place)
     most = MOST_EPOCHS * tokens
     steps = max(1.0, min(read, most) / (rows * model.context_length))
     if "batch_size" not in given:
@@ -65,6 +66,9 @@ def choose(seconds: float, tokens: int, vocab_size: int, place: Machine, given: 
             rows, steps = rows // 2, steps * 2
         while steps > MANY_STEPS:
             rows, steps = rows * 2, steps / 2
+        if rows % processes:
+            even = -(-rows // processes) * processes
+            steps, rows = steps * rows / even, even
     epochs = steps * rows * model.context_length / tokens
     count = f"{float(f'{steps:.2g}'):,.0f}"
     pick("learns faster than classic", arch=base["arch"])

@@ -6,9 +6,11 @@ Refuses: to go on after a loss that is not a number, or without memory.
 """
 
 import math
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,12 @@ from nanogpt.config import Config, SamplingConfig, TrainingConfig, read_toml, re
 from nanogpt.errors import Notice, UserError
 from nanogpt.evaluate import Loss, Point, evaluate, verdict
 from nanogpt.files import write_text
-from nanogpt.machine import Machine, memory_for
+from nanogpt.machine import Machine, Ranks, memory_for
 from nanogpt.model import GPT
 from nanogpt.optim import Optimizer, schedule
 from nanogpt.plan import PRECISION, fit
 from nanogpt.prepare import Prepared
-from nanogpt.report import Began, Evaluated, Event, Finished, Interrupted, Sampled, Saved, Saving, Stepped
+from nanogpt.report import Began, Evaluated, Event, Finished, Interrupted, Paced, Sampled, Saved, Saving, Stepped
 
 SAVE_SECONDS = 300.0  # at most so long between two saves, also where evaluations are further apart
 LONGEST_WARMUP = 0.1  # of the run: a shorter run than the settings had in mind is not to end before its rate has risen
@@ -34,6 +36,7 @@ ROOM = 1.4  # what a run by the clock keeps for its end, as a multiple of what t
 LEAVING, COMPILER_LEAVING = 0.9, 1.1  # and seconds for a process to begin and to end; more where the compiler's helpers have to end too
 SAMPLE = SamplingConfig(max_tokens=200)
 EVALUATION_SHARE, EVALUATIONS_SHARE = 0.02, 0.04  # of the run's arithmetic may go into one evaluation, and into all,
+STRAGGLING = 1.5  # times the usual time of a process for its part of a step: it holds up all others
 FEWEST_TOKENS = 8192  # except that fewer tokens tell nothing
 
 
@@ -63,13 +66,18 @@ class Position:
         return min(self.history, key=lambda point: point.val_loss, default=None)
 
 
-def fitted(settled: Config, vocab_size: int, place: Machine) -> tuple[Config, float, float | None]:
-    """The settings, with as many windows computed at once as memory suffices for; the bytes that a step will take, and those that are free.
+def fitted(settled: Config, vocab_size: int, place: Machine, ranks: Ranks = Ranks()) -> tuple[Config, float, float | None]:
+    """The settings, with as many windows computed at once as memory suffices for; the bytes that a step will take, and those that are free, in each process.
 
     Errors: `UserError` where not even one fits by far: a system may kill the process, and others, without a word.
     """
     free, half, fused = machine.free_memory(place.device), place.dtype != torch.float32, place.attention == "fused"
-    training, parts = fit(settled.model, settled.training, vocab_size, settled.training.batch_size, free, half=half, fused=fused)
+    if free is not None and place.device.type == "cpu":  # where the processes of a machine share it
+        free /= ranks.local_size
+    training, parts = fit(
+        settled.model, settled.training, vocab_size, len(ranks.rows(settled.training.batch_size)), free,
+        half=half, fused=fused, ranks=ranks.size, parallel=settled.machine.parallel,
+    )  # fmt: skip
     needed, rows = sum(parts.values()), training.micro_batch_size
     if free is not None and needed > PRECISION * free:
         lower = "--micro-batch-size" if rows != 1 else "--batch-size" if parts["batch"] > needed / 2 else "--context-length, --n-embd or --n-layer"
@@ -81,14 +89,27 @@ def fitted(settled: Config, vocab_size: int, place: Machine) -> tuple[Config, fl
     return settled.model_copy(update={"training": training}), needed, free
 
 
-def build(settled: Config, vocab_size: int, place: Machine) -> tuple[GPT, Optimizer]:
-    """A model with its initial weights, which are the same on every device, and its optimiser."""
-    model = checkpoint.empty_model(settled.model, vocab_size, "cpu")
-    model.init_weights(torch.Generator().manual_seed(settled.training.seed))
-    model.to(place.device)
+@torch.no_grad()
+def build(settled: Config, vocab_size: int, place: Machine, ranks: Ranks = Ranks()) -> tuple[GPT, Optimizer]:
+    """A model with its initial weights, which are the same on every device and in any number of processes, and its optimiser."""
+    generator = torch.Generator().manual_seed(settled.training.seed)
+    if ranks.sharded:
+        with torch.device("meta"):
+            model = GPT(settled.model, vocab_size)
+        machine.shard(model, ("nats", "next_logits"))
+        model.to_empty(device=place.device)
+        for name, parameter in model.named_parameters():  # of which one at a time is whole
+            whole = torch.empty(parameter.shape)
+            model.init_weight(name, whole, generator)
+            ranks.fill(parameter, whole)
+    else:
+        model = checkpoint.empty_model(settled.model, vocab_size, "cpu")
+        model.init_weights(generator)
+        model.to(place.device)
     model.fuse_attention(place.attention == "fused")
     model.checkpoint_activations(bool(settled.training.checkpoint_activations))
-    return model, Optimizer(model, settled.training, model.matrices(), place.dtype)
+    divided = {"divided": machine.Division(ranks)} if ranks.size > 1 else {}
+    return model, Optimizer(model, settled.training, model.matrices(), place.dtype, **divided)
 
 
 class Trainer:
@@ -96,16 +117,20 @@ class Trainer:
 
     def __init__(
         self, model: GPT, optimizer: Optimizer, text: Prepared, settings: TrainingConfig,
-        place: Machine, run: Path, position: Position, asked_to_stop: Callable[[], bool], begun: float,
+        place: Machine, run: Path, position: Position, asked_to_stop: Callable[[], bool], begun: float, ranks: Ranks = Ranks(),
     ):  # fmt: skip
-        """`begun`, by `time.monotonic`, is when the minutes of a run by the clock, or of this part of it, began to count."""
+        """Each of the `ranks` computes its rows of every batch; all give the same events. `begun`, by `time.monotonic`, is when the minutes of a run by the
+        clock, or of this part of it, began to count."""
         self.model, self.optimizer, self.text, self.settings = model, optimizer, text, settings
         self.machine, self.run, self.position, self.asked_to_stop, self.begun = place, run, position, asked_to_stop, begun
+        self.ranks, self.rows = ranks, ranks.rows(settings.batch_size)
         self.nats = machine.compiled(place, model, model.nats) if place.compile else model.nats
+        self.loss, self.unsynced = machine.spread(model, lambda *inputs: self.nats(*inputs), ranks)
         self.step_seconds = 0.0
         self.budget = math.inf  # seconds for training, of a run by the clock, once all else is taken off
         self.saved_at = time.monotonic()
         self.began = self.saved_at - position.seconds
+        self.busy, self.busy_steps = 0.0, 0  # seconds of this process's own, without waiting for others, in so many steps
 
     def events(self) -> Iterator[Event]:
         """Train to the end; evaluate, sample and save on the way; finish with the whole validation split.
@@ -118,20 +143,23 @@ class Trainer:
         if not done:
             with memory_for(smallest):
                 self.get_ready()
-            done = position.step > 0 and self.over()
+            (done,) = self.ranks.any(position.step > 0 and self.over())
         if "init_from" in self.text.about and position.before is None:
             yield self.measure_first()
         while not done:
             with memory_for(smallest):
                 stepped = self.step()
             yield stepped
-            over = self.over()
+            (over,) = self.ranks.any(self.over())
             due = over or position.step % settings.eval_every == 0
             if due:
                 yield self.evaluate()
+                if self.ranks.size > 1:
+                    yield self.pace()
                 yield self.sample()
-            stop, done = self.asked_to_stop(), over or self.out_of_patience()
-            if due or stop or time.monotonic() - self.saved_at > SAVE_SECONDS:
+            stop, late = self.ranks.any(self.asked_to_stop(), time.monotonic() - self.saved_at > SAVE_SECONDS)
+            done = over or self.out_of_patience()
+            if due or stop or late:
                 yield Saving(position.step)
                 yield self.save()
             if stop and not done:
@@ -146,35 +174,39 @@ class Trainer:
         if self.machine.compile:
             self.compile()
         if minutes is not None:
-            self.step_seconds = min(self.try_step() for _ in range(2))
+            (self.step_seconds,) = self.ranks.numbers_of_first(min(self.try_step() for _ in range(2)))
             self.budget = 60 * minutes - position.overhead - (time.monotonic() - self.begun)
         if not position.expected_steps:
             in_time = self.budget / self.step_seconds if minutes is not None else math.inf
-            position.expected_steps = max(1.0, min(self.settings.steps or math.inf, in_time))
+            (position.expected_steps,) = self.ranks.numbers_of_first(max(1.0, min(self.settings.steps or math.inf, in_time)))
             position.val_tokens = self.limit()
         if minutes is not None:
             finishing = self.finishing_seconds()
             position.overhead += time.monotonic() - self.begun
             self.budget = 60 * minutes - position.overhead - finishing
-            if position.seconds + self.step_seconds >= self.budget:
+            if self.ranks.is_first and position.seconds + self.step_seconds >= self.budget:
                 training = "is left for training but one step" if position.step == 0 else "is left for training"
                 enough = (position.overhead + finishing + position.seconds) / 30
                 warnings.warn(
                     f"Of {minutes:g} minutes, {position.overhead:.0f} s went into reading, measuring and compiling, and the end takes {finishing:.0f} s: "
                     f"nothing {training}. Use --minutes {enough:.2g} or more.", Notice, stacklevel=2
                 )  # fmt: skip
+        if not self.ranks.is_first:  # the clock of the first counts
+            self.budget = math.inf
         self.began = time.monotonic() - position.seconds
 
     def compile(self) -> None:
         """Run a first step, which compiles, and once on each machine see what that gains; without success go on without the compiler, and say so."""
         model, rows = self.model.config, self.settings.batch_size
-        begin = time.perf_counter()
+        begin, failure = time.perf_counter(), ""
         try:
-            self.try_step()
+            self.try_step(alone=True)
         except Exception as error:  # whatever a compiler can come upon
             if machine.out_of_memory(error):
                 raise
-            why = " ".join(str(error).split("\n")[:2]).strip()[:200]
+            failure = str(error)
+        if self.ranks.any(failure != "")[0]:
+            why = " ".join(failure.split("\n")[:2]).strip()[:200] or "in another process"
             warnings.warn(f"torch.compile failed, so this run goes on without it, more slowly ({why}).", Notice, stacklevel=2)
             self.model.zero_grad(set_to_none=True)
             self.nats = machine.uncompiled(self.model.nats)
@@ -184,34 +216,39 @@ class Trainer:
 
     def gain(self) -> float:
         """How many times as fast a step has become by compiling."""
-        compiled = min(self.try_step() for _ in range(2))
+        compiled = min(self.try_step(alone=True) for _ in range(2))
         with machine.eager():
-            return min(self.try_step() for _ in range(2)) / compiled
+            return min(self.try_step(alone=True) for _ in range(2)) / compiled
 
-    def try_step(self) -> float:
-        """Forward and backward, without moving the weights; the seconds that takes."""
+    def try_step(self, alone: bool = False) -> float:
+        """Forward and backward, without moving the weights, or adding up the gradients of all processes; the seconds that takes."""
         begin = time.perf_counter()
-        self.gradients().item()  # a GPU has done it only then
+        self.gradients(alone).item()  # a GPU has done it only then
         self.model.zero_grad(set_to_none=True)
         return time.perf_counter() - begin
 
-    def gradients(self) -> Tensor:
+    def gradients(self, alone: bool = False) -> Tensor:
         """Add up the gradients of the upcoming batch's mean loss, in parts of `micro_batch_size` windows, smaller where memory runs out; its summed nats ()."""
         while True:
             try:
-                return self.accumulate()
+                return self.accumulate(alone)
             except RuntimeError as error:
-                if not machine.out_of_memory(error) or not self.shrink():
+                if not machine.out_of_memory(error) or self.ranks.size > 1 or not self.shrink():  # others wait for this process's gradients
                     raise
 
-    def accumulate(self) -> Tensor:
-        """The same, without a second try. Each row has its own dropout key, so that the parts make no difference but by rounding."""
-        (*tensors, count), rows = self.upcoming, self.settings.micro_batch_size or self.settings.batch_size
-        summed = torch.zeros((), device=self.machine.device)
-        for x, y, keys in zip(*(tensor.split(rows) for tensor in tensors), strict=True):  # (b, T), (b, T), (b,)
-            with self.machine.autocast():
-                nats = self.nats(x, y, keys)
-            (nats / count).backward()
+    def accumulate(self, alone: bool) -> Tensor:
+        """The same, without a second try. Each row has its own dropout key, so that the parts make no difference but by rounding. Of many processes each
+        adds up those of its rows, and gets with the last part those of all, unless it is `alone`; the nats are its own."""
+        (*tensors, count), rows = self.upcoming, self.settings.micro_batch_size or len(self.rows)
+        summed, begin = torch.zeros((), device=self.machine.device), self.machine.moment()
+        parts = list(zip(*(tensor.split(rows) for tensor in tensors), strict=True))
+        for number, (x, y, keys) in enumerate(parts, start=1):  # (b, T), (b, T), (b,)
+            with self.unsynced() if alone or number < len(parts) else nullcontext():
+                with self.machine.autocast():
+                    nats = self.loss(x, y, keys)
+                if number == len(parts):
+                    self.marks = begin, self.machine.moment()  # what is this process's own: in the last backward pass it waits for the others
+                (nats / (count / self.ranks.size)).backward()  # the mean over the processes is then that over all targets
             summed = summed + nats.detach()
         return summed
 
@@ -234,7 +271,7 @@ class Trainer:
     def finishing_seconds(self) -> float:
         """How long the last evaluation, sample and save will take, with some room, by trying a part of each."""
         begin = time.perf_counter()
-        tried = self.validation_loss(self.model, FEWEST_TOKENS).tokens
+        tried = self.validation_loss(FEWEST_TOKENS).tokens
         evaluated = time.perf_counter()
         self.sample(10)
         sampled = time.perf_counter()
@@ -259,11 +296,11 @@ class Trainer:
         return self.position.step >= (self.settings.steps or math.inf) or self.elapsed() + self.step_seconds >= self.budget
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        """The batch of a step on its way to the device: x (B, T), y (B, T) and keys (B,); and how many targets there are: all, but for those behind the end
-        of a document. They are counted here: a GPU would have to be waited for."""
-        B = self.settings.batch_size
-        x, y, keys = data.batch(self.text.train, self.settings.seed, step, range(B), B, self.model.config.context_length, self.text.windows)
-        count = y.numel() if self.text.windows is None else int((y != data.IGNORED).sum())
+        """This process's rows of the batch of a step on their way to the device: x (B, T), y (B, T) and keys (B,); and how many targets there are in all
+        rows: all, but for those behind the end of a document. They are counted here: a GPU would have to be waited for."""
+        B, T = self.settings.batch_size, self.model.config.context_length
+        x, y, keys = data.batch(self.text.train, self.settings.seed, step, self.rows, B, T, self.text.windows)
+        count = B * T if self.text.windows is None else int(*self.ranks.sum(int((y != data.IGNORED).sum())))
         return self.machine.send(x), self.machine.send(y), self.machine.send(keys), count
 
     def step(self) -> Stepped:
@@ -271,19 +308,21 @@ class Trainer:
         begin = time.perf_counter()
         settings, position = self.settings, self.position
         count = self.upcoming[3]
-        progress, middle = self.progress(1.0), self.progress(0.5)
+        progress, middle = self.ranks.numbers_of_first(self.progress(1.0), self.progress(0.5))
         nats = self.gradients()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip or math.inf)
+        grad_norm = self.ranks.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip or math.inf))
         share = schedule(middle, self.warmup(), settings.cooldown)
         self.optimizer.step(share)
         self.upcoming = self.batch(position.step + 1)
-        summed, norm = torch.stack([nats, grad_norm]).tolist()
+        own, norm = torch.stack([nats, grad_norm]).tolist()
+        (summed,) = self.ranks.sum(own)
         loss, rate = summed / count, share * settings.learning_rate
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_a_number(loss, rate, norm)
         position.step += 1
         position.nats += summed
         position.tokens += count
+        self.busy, self.busy_steps = self.busy + self.machine.between(*self.marks), self.busy_steps + 1
         seconds = time.perf_counter() - begin
         self.step_seconds = 0.8 * self.step_seconds + 0.2 * seconds if self.step_seconds else seconds
         position.seconds = self.elapsed()
@@ -296,7 +335,7 @@ class Trainer:
     def evaluate(self) -> Evaluated:
         """Measure the validation loss; keep the model if it is the best so far."""
         position = self.position
-        loss = self.validation_loss(self.model, position.val_tokens)
+        loss = self.validation_loss(position.val_tokens)
         if not math.isfinite(loss.nats):
             raise self._not_a_number(loss.val_loss, self.settings.learning_rate, math.nan)
         point = Point(position.step, position.nats / position.tokens, loss.val_loss)
@@ -304,19 +343,34 @@ class Trainer:
         position.history.append(point)
         position.nats, position.tokens = 0.0, 0
         if best:
-            checkpoint.save_model(self.run / "model.safetensors", self.model, self.text.tokenizer, self.summary(loss))
+            self.save_model(self.summary(loss))
         position.seconds = self.elapsed()
         return Evaluated(point.step, point.train_loss, loss.val_loss, loss.bits_per_byte, loss.tokens, best, position.seconds)
 
+    def pace(self) -> Paced:
+        """See how fast each process is on its own, and warn of one that all others wait for; and once, how much of a step they talk."""
+        seconds = self.ranks.of_all(self.busy / self.busy_steps)
+        self.busy, self.busy_steps = 0.0, 0
+        usual = statistics.median(seconds)
+        slow = [f"rank {rank} ({own / usual:.1f} times the usual)" for rank, own in enumerate(seconds) if own > STRAGGLING * usual]
+        if slow and self.ranks.is_first:
+            what = f"Slower than the others, which wait for it at every step: {', '.join(slow)}. Their times are in {self.run / 'ranks.jsonl'}."
+            warnings.warn(what, Notice, stacklevel=2)
+        exchange = None
+        if len(self.position.history) == 1:
+            alone, with_others = self.try_step(alone=True), self.try_step()
+            exchange = max(0.0, 1 - alone / with_others)
+        return Paced(self.position.step, seconds, exchange)
+
     def measure_first(self) -> Began:
         """The validation loss before the first step, on the tokens of the evaluations to come."""
-        loss = self.validation_loss(self.model, self.position.val_tokens)
+        loss = self.validation_loss(self.position.val_tokens)
         self.position.before, self.position.before_tokens, self.position.seconds = loss.val_loss, loss.tokens, self.elapsed()
         return Began(0, loss.val_loss, loss.bits_per_byte, loss.tokens, self.position.seconds)
 
-    def sample(self, count: int = SAMPLE.max_tokens) -> Sampled:
+    def sample(self, count: int | None = None) -> Sampled:
         """A few words of the model as it is now, always from the same random numbers."""
-        unused, settings = self.text.about["unused"], SAMPLE.model_copy(update={"max_tokens": count})
+        unused, settings = self.text.about["unused"], SAMPLE.model_copy(update={} if count is None else {"max_tokens": count})
         prompt = generate.encode_prompt(self.text.tokenizer, None, unused, self.model.config.context_length)
         with machine.eager():
             engine = generate.Engine(generate.TorchDecoder(self.model, self.machine.for_single_rows()), self.text.tokenizer, unused)
@@ -327,28 +381,34 @@ class Trainer:
     def save(self) -> Saved:
         """Write all that it takes to go on from here; before the first evaluation, also the model, so that one can look at it."""
         if self.position.best is None:
-            checkpoint.save_model(self.run / "model.safetensors", self.model, self.text.tokenizer, self.summary(None))
-        checkpoint.save_state(self.run, self.position.step, self.model, self.optimizer, asdict(self.position))
+            self.save_model(self.summary(None))
+        checkpoint.save_state(self.run, self.position.step, self.model, self.optimizer, asdict(self.position), self.ranks)
         self.saved_at = time.monotonic()
         return Saved(self.position.step)
 
+    def save_model(self, summary: dict[str, Any]) -> None:
+        """Write the model file, of the weights as they are."""
+        checkpoint.save_model(self.run / "model.safetensors", self.model, self.text.tokenizer, summary, self.ranks)
+
     def finish(self) -> Finished:
-        """Measure the best model, which is the one that stays, on the whole split, and write the result into its file."""
-        kept = checkpoint.load(self.run, self.machine.device)
-        if self.position.val_tokens is None and "val_nats" in kept.summary:  # then it was measured on all of it when it was kept
-            loss = Loss(kept.summary["val_nats"], kept.summary["val_tokens"], kept.summary["val_bytes"], kept.summary.get("val_words", 0))
+        """Go back to the best model, which is the one that stays, measure it on the whole split, and write the result into its file."""
+        best = self.ranks.decided(lambda: checkpoint.load(self.run))
+        checkpoint.take_weights(self.model, best.model if best else None, self.ranks)
+        kept = self.ranks.of_first(best.summary if best else None)
+        if self.position.val_tokens is None and "val_nats" in kept:  # then it was measured on all of it when it was kept
+            loss = Loss(kept["val_nats"], kept["val_tokens"], kept["val_bytes"], kept.get("val_words", 0))
         else:
-            loss = self.validation_loss(kept.model, None)
+            loss = self.validation_loss(None)
         judged = verdict(self.position.history, self.text.about["baselines"], loss.val_loss, self.settings.minutes, self.position.before)
-        summary = kept.summary | self.summary(loss) | {"step": kept.summary["step"], "verdict": judged.asdict(), "finished": self.position.step}
-        checkpoint.save_model(self.run / "model.safetensors", kept.model, self.text.tokenizer, summary)
+        self.save_model(kept | self.summary(loss) | {"step": kept["step"], "verdict": judged.asdict(), "finished": self.position.step})
         before = self.position.before, self.position.before_tokens
-        return Finished(self.position.step, kept.summary["step"], loss, self.text.about["baselines"], judged, self.position.seconds, *before)
+        return Finished(self.position.step, kept["step"], loss, self.text.about["baselines"], judged, self.position.seconds, *before)
 
     def summary(self, loss: Loss | None) -> dict[str, Any]:
         """What a model file tells of its training, besides weights, settings and tokenizer; without a loss, before the first evaluation, less."""
         about = self.text.about
         summary = {"step": self.position.step, "text": about["fingerprint"], "baselines": about["baselines"], "unused": about["unused"]}
+        summary["machine"] = str(self.machine)
         if loss is not None:
             summary |= {"val_loss": loss.val_loss, "bits_per_byte": loss.bits_per_byte}
             summary |= {"val_nats": loss.nats, "val_tokens": loss.tokens, "val_bytes": loss.bytes, "val_words": loss.words}
@@ -356,11 +416,11 @@ class Trainer:
             summary["verdict"] = verdict(self.position.history, about["baselines"], minutes=minutes, before=self.position.before).asdict()
         return summary
 
-    def validation_loss(self, model: GPT, limit: int | None) -> Loss:
-        """The loss of a model on the validation split, or on `limit` tokens of it."""
+    def validation_loss(self, limit: int | None) -> Loss:
+        """The loss of the model on the validation split, or on `limit` tokens of it."""
         with machine.eager():
             about = self.text.about
-            return evaluate(model, self.text.val, about["val_bytes"], self.machine, limit=limit, n_words=about.get("val_words", 0))
+            return evaluate(self.model, self.text.val, about["val_bytes"], self.machine, limit=limit, n_words=about.get("val_words", 0), ranks=self.ranks)
 
     def limit(self) -> int | None:
         """How many validation tokens an evaluation during the run may take, None for all; an update costs three forward passes."""

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tiny tensors only lose by a second thread
 
@@ -42,6 +43,14 @@ def _own_cache(tmp_path_factory, monkeypatch, measured):
     for compiled in (measured / "nanogpt").glob("numba*"):
         os.symlink(compiled, folder / "nanogpt" / compiled.name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+
+
+@pytest.fixture(autouse=True)
+def _broken_pipes_are_errors():
+    """Commands that end quietly with their reader have a broken pipe end the whole process: here that would be all tests to come."""
+    yield
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="session")

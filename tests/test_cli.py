@@ -13,23 +13,25 @@ from nanogpt import cli
 SURFACE = {
     "train": "--arch --attention --batch-size --checkpoint-activations --compile --config --context-length --cooldown --cross-documents --deterministic "
     "--device --dropout --dtype --encoding --eval-every --field --grad-clip --init-from --learning-rate --matrix-learning-rate --micro-batch-size "
-    "--minutes --n-embd --n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --optimizer --out --overwrite "
-    "--patience --preset --resume --rope-base --seed --steps --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay "
-    "--window",
+    "--minutes --n-embd --n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --open --optimizer --out "
+    "--overwrite --parallel --patience --preset --resume --rope-base --seed --steps --threads --tokenizer --track --val --val-bytes --vocab-size "
+    "--warmup-steps --weight-decay --window",
     "plan": "--arch --attention --batch-size --checkpoint-activations --compile --context-length --cooldown --cross-documents --deterministic --device "
     "--dropout --dtype --encoding --eval-every --field --gpu --gpus-per-node --grad-clip --json --learning-rate --matrix-learning-rate "
-    "--micro-batch-size --minutes --n-embd --n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --nodes "
-    "--optimizer --patience --preset --rope-base --seed --steps --text-bytes --threads --tokenizer --val --val-bytes --vocab-size --warmup-steps "
-    "--weight-decay --window",
+    "--micro-batch-size --minutes --n-embd --n-head --n-kv-head --n-layer --network --no-checkpoint-activations --no-compile --no-cross-documents "
+    "--nodes --optimizer --parallel --patience --preset --price --rope-base --seed --steps --text-bytes --threads --tokenizer --val --val-bytes "
+    "--vocab-size --warmup-steps --weight-decay --window",
     "bench": "--arch --attention --batch-size --checkpoint-activations --compile --context-length --cooldown --cross-documents --deterministic --device "
     "--dropout --dtype --encoding --eval-every --field --grad-clip --json --learning-rate --matrix-learning-rate --micro-batch-size --minutes --n-embd "
-    "--n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --optimizer --patience --rope-base --seed --steps "
+    "--n-head --n-kv-head --n-layer --no-checkpoint-activations --no-compile --no-cross-documents --optimizer --parallel --patience --rope-base --seed --steps "
     "--threads --tokenizer --val --val-bytes --vocab-size --warmup-steps --weight-decay --window",
     "prepare": "--cross-documents --encoding --field --json --no-cross-documents --out --shard --tokenizer --val --val-bytes --vocab-size",
     "sample": "--deterministic --device --dtype --encoding --json --max-tokens --min-p --n --prompt --prompt-file --repetition-penalty --seed "
     "--stop --strict --temperature --threads --top-k --top-p",
     "eval": "--by-position --context-length --deterministic --device --dtype --encoding --field --json --threads",
     "compare": "--json --plot",
+    "look": "--attention --copies --device --dtype --encoding --html --json --layer --neuron --neurons --surprise --text --threads",
+    "serve": "--api-key --deterministic --device --dtype --host --port --queue --rows --seconds --threads",
 }
 SMALL = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | {"steps": 4, "eval_every": 2, "dropout": 0}).items()]
 
@@ -260,12 +262,40 @@ def test_installed_command_reads_a_text_from_a_pipe_and_its_reader_may_leave(sto
 def test_plan_says_what_a_run_takes(capsys):
     assert run("plan", "--dtype", "float32", "--text-bytes", 1_000_000) == 0
     out = capsys.readouterr().out
-    for expected in ("10.77 M: embedding", "GB: weights", "MFLOP a token", "s a step", "tokens for each parameter", "The text is read 41.0 times"):
+    for expected in (
+        "10.77 M: embedding",
+        "GB: weights",
+        "MFLOP a token",
+        "s a step",
+        "1.00 M tokens of 1.00 bytes, 1 shard of 1.00 MB",
+        "tokens for each parameter",
+        "The text is read 41.0 times",
+    ):
         assert expected in out
     assert run("plan", "--gpu", "h100", "--nodes", 2, "--gpus-per-node", 8, "--json") == 0
     made = json.loads(capsys.readouterr().out)
     assert (made["devices"], made["total_parameters"]) == (16, 10_770_816)
     assert made["exchange_seconds"] > 0
+
+
+LLAMA_SIZED = ["--arch", "modern", "--n-layer", 80, "--n-head", 64, "--n-kv-head", 8, "--n-embd", 9216, "--context-length", 4096, "--vocab-size", 32768]
+
+
+def test_plan_for_seventy_billion_parameters_and_ten_terabytes(capsys):
+    where = ["--gpu", "h100", "--nodes", 8, "--gpus-per-node", 8, "--batch-size", 512, "--price", 2, "--tokenizer", "bpe", "--text-bytes", 10**13]
+    assert run("plan", *LLAMA_SIZED, *where, "--parallel", "fsdp", "--json") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["total_parameters"], made["fits"], made["remedy"], made["corpus"]["shards"]) == (70_251_904_512, True, None, 4096)
+    assert made["cost"] == pytest.approx(2 * 64 * made["seconds"] / 3600)
+    assert run("plan", *LLAMA_SIZED, *where) == 0
+    out = capsys.readouterr().out
+    for expected in ("does not fit into 80 GB", "It fits with --parallel fsdp.", "all-reduce of gradients", "Cost ", "10.0 TB: ", "4,096 shards of"):
+        assert expected in out
+
+
+def test_a_plan_for_gpus_needs_no_torch():
+    code = "import sys; from nanogpt.cli import main\nmain(['plan', '--gpu', 'h100', '--text-bytes', '1000'])\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_plan_knows_presets_and_what_is_computed_at_once(capsys):
@@ -290,8 +320,9 @@ def test_plan_by_the_clock_plans_what_train_would_do(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["plan", "--text-bytes", 0], "--text-bytes 0: it takes 1 or more"),
-        (["plan", "--nodes", -1, "--gpus-per-node", 0], "--gpus-per-node 0, --nodes -1: it takes 1 or more"),
+        (["plan", "--text-bytes", 0], "--text-bytes 0: it takes more than 0"),
+        (["plan", "--nodes", -1, "--gpus-per-node", 0], "--gpus-per-node 0, --nodes -1: it takes more than 0"),
+        (["plan", "--gpu", "h100", "--price", "nan"], "--price nan: it takes more than 0"),
         (["plan", "--gpu", "abacus"], "no GPU 'abacus'"),
         (["bench", "--n-embd", 100, "--n-head", 3], "cannot be shared among"),
     ],

@@ -177,6 +177,7 @@ def test_the_plot_needs_no_network(make_run):
     page = plot(compare([make_run("<b>a", 2.0), make_run("b", 1.0, dropout=0.1)]))
     assert "<script src" not in page
     assert "plotly.js v" in page  # it is in the page
+    assert '"name":"&lt;b&gt;a"' in page  # plotly would take it for bold letters
     for expected in ("tokens read", "seconds since the first step", "bits per byte"):
         assert expected in page
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt.data import IGNORED, Documents, batch, open_tokens, random_bits, token_dtype, window_starts
+from nanogpt.data import IGNORED, Documents, batch, open_tokens, random_bits, window_starts
+from nanogpt.sizes import token_dtype
 
 TOKENS = np.arange(1000, dtype=np.uint16)
 MASK = 2**64 - 1

@@ -226,7 +226,10 @@ def test_loss_by_position_is_that_of_each_position(make_model, place):
     tokens = np.random.default_rng(0).integers(0, 11, 81).astype(np.uint16)
     ids = torch.from_numpy(tokens.astype(np.int64))
     each = torch.nn.functional.cross_entropy(model(ids[:-1].view(2, 40)).transpose(1, 2), ids[1:].view(2, 40), reduction="none")
-    for bucket in loss_by_position(model, tokens, place):
+    buckets = loss_by_position(model, tokens, place)
+    assert [bucket.first for bucket in buckets] == [0, *(bucket.last + 1 for bucket in buckets[:-1])]
+    assert buckets[-1].last == 39
+    for bucket in buckets:
         part = each[:, bucket.first : bucket.last + 1]
         assert bucket.nats_per_token == pytest.approx(part.mean().item(), rel=1e-5)
         assert bucket.tokens == part.numel()

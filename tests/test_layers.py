@@ -11,13 +11,13 @@ PACKAGE = Path(__file__).parent.parent / "nanogpt"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"sample"},
+    {"serve", "sample"},
     {"library", "bench"},
     {"trainer", "finetune", "compare"},
-    {"prepare", "recipe", "generate", "report"},
+    {"prepare", "recipe", "generate", "look", "report"},
     {"checkpoint", "evaluate", "plan"},
     {"data", "optim", "machine", "tokenizer", "model"},
-    {"corpus", "config"},
+    {"corpus", "config", "sizes"},
     {"files"},
     {"errors"},
 ]

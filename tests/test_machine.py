@@ -104,6 +104,8 @@ def test_a_step_that_only_fits_compiled_still_trains(place):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
     machine.note_compiling(place, SHAPE, 4, 25.0, gain)
+    assert machine.compiled_before(place, SHAPE, 4).exists()
+    assert "compiled gain" not in (cache_dir() / "machine.json").read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("linux")
@@ -156,8 +158,8 @@ def test_one_run_does_not_make_the_next_deterministic():
 
 
 def test_the_choice_is_written_down_and_made_again(place):
-    settings = machine.Machine(CPU, torch.bfloat16, 2, "plain", True, True).settings()
-    assert settings == MachineConfig(device="cpu", dtype="bfloat16", threads=2, attention="plain", compile=True, deterministic=True)
+    settings = machine.Machine(CPU, torch.bfloat16, 2, "plain", True, True, "fsdp").settings()
+    assert settings == MachineConfig(device="cpu", dtype="bfloat16", threads=2, attention="plain", compile=True, deterministic=True, parallel="fsdp")
 
 
 def test_memory_is_told():
@@ -165,7 +167,7 @@ def test_memory_is_told():
 
 
 def test_what_a_container_uses_is_not_free(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine.memory, "CGROUP", tmp_path)
     for name, content in (("max", "5000000"), ("current", "4000000"), ("stat", "anon 3000000\ninactive_file 300000\nactive_file 200000\n")):
         (tmp_path / f"memory.{name}").write_text(content)
     assert machine.free_memory(CPU) == 1_500_000

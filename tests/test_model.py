@@ -10,7 +10,8 @@ from conftest import TINY
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from nanogpt import model as network
-from nanogpt.model import EPSILON, GPT, KVCache, causal_mask, dropout, dropout_keys, gelu, stretched_base, swiglu_width
+from nanogpt.model import EPSILON, GPT, KVCache, causal_mask, dropout, dropout_keys, gelu, stretched_base
+from nanogpt.sizes import swiglu_width
 
 
 def own_name(theirs: str) -> str:

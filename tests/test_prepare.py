@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt import prepare
+from nanogpt import prepare, sizes
 from nanogpt.config import TextConfig
 from nanogpt.corpus import formats
 from nanogpt.errors import UserError
 from nanogpt.evaluate import ngram_losses
 from nanogpt.files import cache_dir, sweep
-from nanogpt.prepare import open_prepared, scan
+from nanogpt.prepare import open_prepared
 from nanogpt.prepare.shards import write_unit
 from nanogpt.tokenizer import train_tokenizer
 
@@ -312,7 +312,7 @@ def test_a_source_at_home_can_be_found_again(story, monkeypatch):
 @pytest.fixture
 def large(tmp_path, monkeypatch):
     """Files that make many units: two that are cut, small ones that are grouped, a table and a packed one."""
-    monkeypatch.setattr(scan, "UNIT", 3000)
+    monkeypatch.setattr(sizes, "UNIT", 3000)
     monkeypatch.setattr(formats, "CHUNK", 512)
     folder = tmp_path / "large"
     folder.mkdir()
@@ -339,7 +339,7 @@ def fill(large: Path, folder: Path, share: tuple[int, int] = (1, 1), **text: obj
 def test_many_units_hold_the_text_of_one(large, tmp_path, monkeypatch, tokenizer):
     many = fill(large, tmp_path / "many", tokenizer=tokenizer)
     assert len(list((tmp_path / "many").glob("unit-*"))) > 10
-    monkeypatch.setattr(scan, "UNIT", 10**9)
+    monkeypatch.setattr(sizes, "UNIT", 10**9)
     one = fill(large, tmp_path / "one", tokenizer=tokenizer)
     assert len(list((tmp_path / "one").glob("unit-*"))) == 1
     assert many.train[:].tolist() == one.train[:].tolist()
@@ -405,8 +405,8 @@ def test_the_parts_of_several_machines_are_completed_when_they_are_together(larg
 def test_a_process_that_is_killed_goes_on_where_it_ended(large, tmp_path, monkeypatch, moment):
     fill(large, tmp_path / "one")
     code = (
-        "import os, sys; from pathlib import Path; from nanogpt import prepare; from nanogpt.config import TextConfig\n"
-        "from nanogpt.corpus import formats; from nanogpt.prepare import scan, shards; scan.UNIT, formats.CHUNK, prepare.MOST_THREADS = 3000, 512, 1\n"
+        "import os, sys; from pathlib import Path; from nanogpt import prepare, sizes; from nanogpt.config import TextConfig\n"
+        "from nanogpt.corpus import formats; from nanogpt.prepare import shards; sizes.UNIT, formats.CHUNK, prepare.MOST_THREADS = 3000, 512, 1\n"
         "write, left = shards._Shard.finish, [int(sys.argv[3])]\n"
         "def finish(shard):\n left[0] -= 1\n return write(shard) if left[0] else os._exit(9)\n"
         "shards._Shard.finish = finish; prepare.prepare_folder([sys.argv[1]], TextConfig(), Path(sys.argv[2]))"

@@ -1,13 +1,17 @@
 """What a person reads is right, fits, and cannot command the terminal."""
 
+import errno
 import io
 import math
+import os
+import sys
 
 import pytest
 
 from nanogpt.config import Config, TextConfig
+from nanogpt.errors import UserError
 from nanogpt.evaluate import Loss, Verdict
-from nanogpt.report import Evaluated, Finished, Sampled, Started, Stepped, Terminal, duration, loss_table, printable
+from nanogpt.report import Evaluated, Finished, RunLog, Sampled, Started, Stepped, Terminal, duration, loss_table, printable
 
 ABOUT = {"train_tokens": 100, "train_bytes": 100, "val_bytes": 10, "symbols": 7, "split": "the last 10 of 110 bytes are held out", "sources": ["/x/b[old].txt"]}
 
@@ -84,3 +88,27 @@ def test_durations_are_said_as_people_say_them(seconds, said):
 def test_printable_leaves_text_alone():
     assert printable("Grüße, 日本 👩‍👩‍👧\n\t") == "Grüße, 日本 👩\ufffd👩\ufffd👧\n\t"
     assert printable("\x00\x1b\x9b") == "\u2400\u241b\ufffd"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a broken pipe is another error on Windows")
+def test_a_reader_who_leaves_ends_neither_the_run_nor_standard_output(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    before = os.fstat(sys.stdout.fileno())
+    with os.fdopen(writing, "w", encoding="utf-8") as file:
+        terminal = Terminal(file)
+        terminal(Sampled(1, "nobody reads this"))
+        terminal(Sampled(2, "nor this"))
+        assert os.fstat(file.fileno()).st_ino == os.stat(os.devnull).st_ino
+    assert os.fstat(sys.stdout.fileno()).st_ino == before.st_ino
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_record_that_finds_no_room_says_so(tmp_path, monkeypatch, number):
+    def full(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    log = RunLog(tmp_path)
+    monkeypatch.setattr(type(tmp_path), "open", full)
+    with pytest.raises(UserError, match="The disk is full"):
+        log(Sampled(1, "text"))

@@ -139,7 +139,8 @@ def clock(monkeypatch):
     clock = Clock()
     timing = SimpleNamespace(monotonic=clock, perf_counter=clock)
     monkeypatch.setattr(trainer, "time", timing)
-    monkeypatch.setattr(library, "time", timing)
+    monkeypatch.setattr(library.training, "time", timing)
+    monkeypatch.setattr(library.settle, "time", timing)
     monkeypatch.setattr(recipe, "MOST_EPOCHS", 10**6)  # the clock ends the run
     return clock
 
@@ -432,7 +433,7 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_state(story, 
 
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanogpt.library.Trainer", Poisoned)
+        patch.setattr("nanogpt.library.training.Trainer", Poisoned)
         with pytest.raises(UserError, match=r"no longer a number: nan in step 21, at learning rate .*, gradient norm nan\. The last good state, step 20"):
             nanogpt.train(story, run, **RUN)
     assert nanogpt.load(run).evaluate().val_loss < 10

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,12 +24,13 @@ import numpy as np
 
 from nanogpt.config import TextConfig, is_path
 from nanogpt.corpus import expand, findable, is_prepared
-from nanogpt.data import Documents, Tokens, open_tokens, token_dtype
+from nanogpt.data import Documents, Tokens, open_tokens
 from nanogpt.errors import UserError
 from nanogpt.evaluate import ngram_losses
 from nanogpt.files import cache_dir, discard, require_space, sweep, write_text
 from nanogpt.prepare.scan import Scan, note_unknown
 from nanogpt.prepare.shards import ranges, read_unit, tokenizer_id, write_unit
+from nanogpt.sizes import token_dtype
 from nanogpt.tokenizer import Tokenizer, train_tokenizer
 
 VERSION = 3  # of the prepared files
@@ -71,7 +72,7 @@ def prepare(sources: Sequence[str], settings: TextConfig, tokenizer: Tokenizer |
 
     Errors: `UserError` when a source is not there or not text, when the text is too short, or when the disk is full.
     """
-    settings = _absolute(settings)
+    settings = settings.model_copy(update=findable_paths(settings.model_dump()))
     if len(sources) == 1 and is_prepared(folder := findable(sources[0])):
         prepared = open_prepared(Path(folder))
         _require_same_settings(prepared.about["text"], settings, sources[0], {"tokenizer", "vocab_size"} if tokenizer is not None else set())
@@ -98,7 +99,7 @@ def prepare_folder(sources: Sequence[str], settings: TextConfig, folder: Path, s
     i, n = share
     if not 1 <= i <= n:
         raise UserError(f"--shard {i}/{n} is no share of the work.", "Use --shard 1/2 in one process and --shard 2/2 in the other, for example.")
-    missing = _Text(sources, _absolute(settings)).write(folder, i, n)
+    missing = _Text(sources, settings.model_copy(update=findable_paths(settings.model_dump()))).write(folder, i, n)
     return missing or open_prepared(folder)
 
 
@@ -164,12 +165,13 @@ def _state(path: Path) -> list[int]:
     return [state.st_size, state.st_mtime_ns, state.st_ino]
 
 
-def _absolute(settings: TextConfig) -> TextConfig:
-    """The same settings, with paths that mean the same from every folder."""
-    paths = {"val": findable(settings.val)} if settings.val else {}
-    if is_path(settings.tokenizer):
-        paths["tokenizer"] = os.path.abspath(os.path.expanduser(settings.tokenizer))
-    return settings.model_copy(update=paths)
+def findable_paths(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Those of a text's settings that name a path, such that it means the same from every folder."""
+    val, tokenizer = settings.get("val"), settings.get("tokenizer")
+    paths = {"val": findable(os.fspath(val))} if val and isinstance(val, str | os.PathLike) else {}
+    if isinstance(tokenizer, os.PathLike) or (isinstance(tokenizer, str) and is_path(tokenizer)):
+        paths["tokenizer"] = os.path.abspath(os.path.expanduser(tokenizer))
+    return paths
 
 
 def _require_same_settings(before: dict[str, Any], settings: TextConfig, folder: str, free: set[str]) -> None:

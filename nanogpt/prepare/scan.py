@@ -19,10 +19,8 @@ import numpy as np
 from nanogpt.corpus import Source
 from nanogpt.corpus.formats import CHUNK, Piece
 from nanogpt.errors import Notice
+from nanogpt.sizes import unit_bytes
 from nanogpt.tokenizer import Tokenizer
-
-UNIT = 64 << 20  # bytes of text that are encoded into one shard,
-MOST_UNITS = 4096  # or more, so that there are not many more units than this
 
 
 class Unit(NamedTuple):
@@ -49,7 +47,7 @@ class Scan:
         self.sources = sources
         self.units: list[Unit] = []
         sizes, order = array("Q"), array("Q")  # of each document that is not empty: bytes of UTF-8, and the hash of its name
-        digest, total, limit = hashlib.sha256(), 0, max(UNIT, sum(source.size for source in sources) // MOST_UNITS)
+        digest, total, limit = hashlib.sha256(), 0, unit_bytes(sum(source.size for source in sources))
         for number, source in enumerate(sources):
             if not self.units or total - self.units[-1].offset >= limit:
                 self.units.append(Unit(number, 0, len(sizes), total))

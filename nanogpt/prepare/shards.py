@@ -17,11 +17,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from nanogpt.data import token_dtype
 from nanogpt.errors import UserError
 from nanogpt.evaluate import Size
 from nanogpt.files import replacing, write_text
 from nanogpt.prepare.scan import Scan, Split
+from nanogpt.sizes import token_dtype
 from nanogpt.tokenizer import Tokenizer
 
 BUFFER = 1 << 16  # tokens that are written at a time, at least

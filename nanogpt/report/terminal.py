@@ -1,197 +1,27 @@
-"""What happens in a run, told: events to the terminal and to metrics.jsonl and samples.jsonl.
+"""What a person reads in a terminal: a run as it goes, and what the other commands found.
 
-In: events from `trainer`. Out: a progress line and samples for a person, a line of JSON per event for every other reader.
+In: events, or a result. Out: lines, one of which moves on with the run.
 """
 
-import errno
-import json
 import math
 import os
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from nanogpt.config import Config
 from nanogpt.evaluate import Loss, PositionLoss, Verdict
-from nanogpt.files import disk_full, write_text
-from nanogpt.plan import SHARE, Plan, rounded
+from nanogpt.plan import duration, rounded
+from nanogpt.report.events import Began, Evaluated, Event, Finished, Interrupted, Paced, Sampled, Speed, Started, Stepped, Stopping
 
 QUIET_SECONDS = 10.0  # without a terminal, at most this long between two lines
-
-
-@dataclass(frozen=True)
-class Started:
-    """A run begins, or goes on after `step`."""
-
-    run: str
-    step: int
-    config: Config
-    parameters: int
-    text: dict[str, Any]
-    machine: str
-    flops_per_token: float
-    peak: float  # FLOP/s
-    choices: list[Any]
-    memory: float  # bytes that a step is estimated to take,
-    free_memory: float | None  # and that are free, where the system tells
-
-
-@dataclass(frozen=True)
-class Began:
-    """The loss of the earlier model that a run begins from, over `val_tokens` tokens, before its first step."""
-
-    step: int
-    val_loss: float
-    bits_per_byte: float
-    val_tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Stepped:
-    """An update of the weights, with which `progress` of the run is over: `train_loss` (nats per token) is of its batch, before it."""
-
-    step: int
-    progress: float
-    train_loss: float
-    learning_rate: float
-    grad_norm: float
-    tokens: int
-    tokens_per_second: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A validation loss over `val_tokens` tokens; `train_loss` is the mean since the last evaluation."""
-
-    step: int
-    train_loss: float
-    val_loss: float
-    bits_per_byte: float
-    val_tokens: int
-    best: bool
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """Text that the model wrote after `step`."""
-
-    step: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Saving:
-    """The state of `step` is about to be written: what was told so far must be on disk before it."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class Saved:
-    """The run can go on from `step`, whatever happens now."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class Stopping:
-    """A signal asked the run to stop after this step. It comes from inside the signal's handler."""
-
-
-@dataclass(frozen=True)
-class Interrupted:
-    """The run was asked to stop, and has been saved."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The run is over: `loss` is of the model that was kept (of `best_step`), on the whole validation split."""
-
-    step: int
-    best_step: int
-    loss: Loss
-    baselines: dict[str, float]
-    verdict: Verdict
-    seconds: float
-    before: float | None  # nats per token of the earlier model that the run began from, if it did,
-    before_tokens: int = 0  # over so many tokens of the split
-
-
-Event = Started | Began | Stepped | Evaluated | Sampled | Saving | Saved | Stopping | Interrupted | Finished
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast a machine trains and writes, measured: times are medians of `steps` training steps (optimiser included) and of `tokens` written one by one."""
-
-    machine: str
-    attention: str
-    compiled: bool
-    parameters: int
-    tokens_per_step: int
-    step_seconds: float
-    train_tokens_per_second: float
-    train_flops_per_second: float
-    peak_flops_per_second: float
-    share_of_peak: float
-    write_tokens_per_second: float
-    ready_seconds: float  # to compile and to take a first step
-    steps: int
-    tokens: int
-
-
-class RunLog:
-    """Writes metrics.jsonl (steps and evaluations) and samples.jsonl: the record that outlives the terminal."""
-
-    def __init__(self, run: Path):
-        self.metrics, self.samples = run / "metrics.jsonl", run / "samples.jsonl"
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Started):
-            for path in (self.metrics, self.samples):
-                _cut(path, event.step)
-        elif isinstance(event, Began | Stepped | Evaluated):
-            _append(self.metrics, event)
-        elif isinstance(event, Sampled):
-            _append(self.samples, event)
-        elif isinstance(event, Saving):
-            for path in (self.metrics, self.samples):
-                with path.open("a") as file:
-                    os.fsync(file.fileno())
-
-
-def _append(path: Path, event: Began | Stepped | Evaluated | Sampled) -> None:
-    try:
-        with path.open("a", encoding="utf-8", newline="") as file:
-            file.write(json.dumps(asdict(event), ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise (disk_full(path) if error.errno == errno.ENOSPC else error) from error
-
-
-def _cut(path: Path, step: int) -> None:
-    """Drop what was written after `step`, which will happen again, and what a dying machine left unreadable."""
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            break
-    write_text(path, "".join(kept))
 
 
 class Lasting(Console):
@@ -199,7 +29,7 @@ class Lasting(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class Terminal:
@@ -227,6 +57,8 @@ class Terminal:
             case Evaluated():
                 self.val_loss, self.val_bits = event.val_loss, event.bits_per_byte
                 self.line(event.step, self.train_loss, "  best so far" if event.best else "")
+            case Paced() if event.exchange is not None:
+                self.console.print(f"Adding up the gradients of {len(event.seconds)} processes takes {event.exchange:.0%} of forward and backward.")
             case Sampled():
                 self.console.print(printable(event.text) + "\n", style="dim")
             case Interrupted():
@@ -312,6 +144,7 @@ class Terminal:
         self.console.print(loss_table(event.loss, event.baselines, f"this model (step {event.best_step:,})", before))
         self.console.print(f"\n{event.verdict.sentence}\n")
         self.console.print(f"{event.step:,} steps in {duration(event.seconds)}. Let it write: nanogpt sample {shlex.quote(self.run)}")
+        self.console.print(f"The run on one page, with its curves: {os.path.join(self.run, 'report.html')}")
 
     def close(self) -> None:
         """Give the terminal back, whatever happened."""
@@ -356,27 +189,6 @@ def show_by_position(buckets: Sequence[PositionLoss]) -> None:
     console.print(table)
 
 
-def show_plan(plan: Plan) -> None:
-    """Print what a run would take."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    total, needed = sum(plan.parameters.values()), sum(plan.memory.values())
-    console.print(f"Parameters  {total / 1e6:,.2f} M: " + ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items()))
-    console.print(f"Memory      {needed / 1e9:,.2f} GB: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.memory.items()))
-    if plan.device_memory is not None and needed > plan.device_memory:
-        console.print(f"            More than the {plan.device_memory / 1e9:.0f} GB that are there: lower --context-length, --n-embd or --n-layer.")
-    again = ", inner activations computed again instead of kept" if plan.checkpoint_activations else ""
-    console.print(f"            with {plan.micro_batch_size} windows at a time{again}")
-    tokens = plan.steps * plan.tokens_per_step
-    arithmetic = f"{plan.flops_per_token / 1e6:,.1f} MFLOP a token, {plan.flops_per_token * tokens:.3g} FLOP for {tokens:,} tokens"
-    console.print(f"Arithmetic  {arithmetic} in {plan.steps:,} steps")
-    peak = f"{SHARE:.0%} of the peak of {rounded(plan.peak_flops_per_second / 1e12)} TFLOP/s"
-    console.print(f"Time        {duration(plan.seconds)} on {plan.where}, evaluations aside: {rounded(plan.step_seconds)} s a step, at {peak}")
-    if plan.exchange_seconds:
-        console.print(f"            {rounded(plan.exchange_seconds)} s of each step to add up gradients, none of it hidden behind arithmetic")
-    for hint in plan.hints:
-        console.print(f"Hint        {hint}")
-
-
 def show_speed(speed: Speed) -> None:
     """Print what was measured of a machine."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -387,13 +199,6 @@ def show_speed(speed: Speed) -> None:
         f"{speed.step_seconds:.3g} s a step of {speed.tokens_per_step:,} tokens (median of {speed.steps}), ready in {speed.ready_seconds:.1f} s"
     )
     console.print(f"Writing   {speed.write_tokens_per_second:,.0f} tokens/s, one text (median of {speed.tokens})")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def printable(text: str) -> str:

@@ -7,7 +7,6 @@ What is measured is kept in the cache, so that the same machine makes the same c
 asked what it can do: the same name may be a virtual machine without its units.
 """
 
-import ctypes
 import hashlib
 import json
 import math
@@ -15,11 +14,12 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._functorch.config
@@ -29,10 +29,17 @@ from torch import Tensor, nn
 from nanogpt.config import MachineConfig, ModelConfig
 from nanogpt.errors import UserError
 from nanogpt.files import cache_dir, write_text
+from nanogpt.machine.memory import free_memory, keep_memory, memory_for, memory_of, out_of_memory
+from nanogpt.machine.parallel import Division, shard, spread
+from nanogpt.machine.ranks import Ranks, join
+
+__all__ = [
+    "Division", "Machine", "Ranks", "choose", "compiled", "compiled_before", "eager", "for_training", "free_memory", "has_compiler", "join", "known",
+    "memory_for", "memory_of", "note_compiling", "note_failure", "once", "out_of_memory", "peak", "remember", "shard", "spread", "uncompiled",
+]  # fmt: skip
 
 FASTER = 1.2  # a measured gain below this is noise, and the simpler choice stays
 COLD_SECONDS, WARM_SECONDS = 25.0, 4.0  # what compiling a step takes on two cores, the first time and again
-CGROUP = Path("/sys/fs/cgroup")  # where Linux tells of a container's memory
 USUAL_GAIN = 1.3  # of a compiled step over an eager one, where none was measured yet
 
 
@@ -46,16 +53,29 @@ class Machine:
     attention: str = "fused"
     compile: bool = False
     deterministic: bool = False
+    parallel: str = "ddp"
 
     def autocast(self) -> AbstractContextManager:
         """The context in which forward passes run: matrix products in `dtype`, everything else in float32."""
         if self.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=self.parallel != "fsdp")  # it would keep all weights, whole, in 16 bits
 
     def send(self, tensor: Tensor) -> Tensor:
         """The tensor on the device, or on its way there where that is safe: a CUDA GPU goes on meanwhile."""
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
+
+    def moment(self) -> Any:
+        """Now, in the work of the device."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, begin: Any, end: Any) -> float:
+        """Seconds between two moments, when the device has come past them."""
+        return begin.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - begin
 
     def settings(self) -> MachineConfig:
         """The choice, to be written down and made again on resume."""
@@ -66,6 +86,7 @@ class Machine:
             compile=self.compile,
             attention=self.attention,  # type: ignore[arg-type]
             deterministic=self.deterministic,
+            parallel=self.parallel,  # type: ignore[arg-type]
         )
 
     def for_single_rows(self) -> "Machine":
@@ -80,8 +101,10 @@ class Machine:
         return f"{place}, {str(self.dtype).removeprefix('torch.')}"
 
 
-def choose(asked: MachineConfig) -> Machine:
+def choose(asked: MachineConfig, ranks: Ranks = Ranks()) -> Machine:
     """Pick device, precision and threads where they were left open, and set the threads. How a step runs is left to `for_training`.
+
+    Processes that share a machine have a GPU each, or share the processor's cores.
 
     Errors: `UserError` when the device asked for is not available.
     """
@@ -95,19 +118,22 @@ def choose(asked: MachineConfig) -> Machine:
             f"--device {name} is not available to PyTorch {torch.__version__}.{why} It can use: {usable}.",
             f"Use --device {next(name for name, yes in there.items() if yes)}.",
         )
-    device = torch.device(name)
+    device = torch.device(name, ranks.local_rank) if name == "cuda" and ranks.size > 1 else torch.device(name)
+    if name == "cuda" and ranks.size > 1:
+        torch.cuda.set_device(device)
     if name == "cpu" and platform.libc_ver()[0] == "glibc":
-        _keep_memory()
+        keep_memory()
     if name == "cuda" and asked.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which older versions ask for
     if asked.deterministic != torch.are_deterministic_algorithms_enabled():  # saying so imports the compiler, which takes a second
         torch.use_deterministic_algorithms(asked.deterministic)
-    torch.set_num_threads(asked.threads or (_useful_threads(device) if name == "cpu" else torch.get_num_threads()))
+    share = max(1, (os.cpu_count() or 1) // ranks.local_size) if ranks.size > 1 else None
+    torch.set_num_threads(min(asked.threads or share, share) if share else asked.threads or _threads(device))
     name_of_dtype = asked.dtype if asked.dtype != "auto" else "bfloat16" if _bfloat16_pays(device) else "float32"
     dtype = getattr(torch, name_of_dtype)
     if name == "cuda":  # the few products left in float32 may use TF32; asked for float32, they are exact
         torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")
-    return Machine(device, dtype, torch.get_num_threads(), deterministic=asked.deterministic)
+    return Machine(device, dtype, torch.get_num_threads(), deterministic=asked.deterministic, parallel=asked.parallel)
 
 
 def for_training(place: Machine, asked: MachineConfig, model: ModelConfig, batch_size: int, seconds: float) -> tuple[Machine, dict[str, str]]:
@@ -189,31 +215,6 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
     return once(f"peak {dtype}", device, measure)
 
 
-def memory_of(device: torch.device) -> float | None:
-    """Bytes of memory of the device; None where the system does not tell."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[1])
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-def free_memory(device: torch.device) -> float | None:
-    """Bytes of it that can be had now; None where the system does not tell."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    limits = [memory_of(device)]
-    with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        limits.append(1024 * float(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
-    with suppress(OSError, ValueError, KeyError):  # of a container; "max" where there is none
-        limit, used = (float((CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
-        kept = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
-        limits.append(max(0.0, limit - used + float(kept["inactive_file"]) + float(kept["active_file"])))  # files in memory make room
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
 def has_compiler(device: torch.device) -> bool:
     """Whether torch.compile finds what it needs: Triton for a GPU, a C++ compiler that works for a CPU."""
     if device.type == "cuda":
@@ -270,20 +271,8 @@ def eager() -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()  # which takes long to import
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether it is PyTorch's error that memory ran out, which has a class of its own on GPUs only."""
-    return "out of memory" in str(error) or "can't allocate memory" in str(error)
-
-
-@contextmanager
-def memory_for(what: str) -> Iterator[None]:
-    """Turn PyTorch's error that memory ran out into a `UserError` that says what to lower."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError(f"There is not enough memory for {what}: {error}", "Lower --context-length, --n-embd or --n-layer.") from error
+def _threads(device: torch.device) -> int:
+    return _useful_threads(device) if device.type == "cpu" else torch.get_num_threads()
 
 
 def _useful_threads(device: torch.device) -> int:
@@ -393,12 +382,3 @@ def processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def _keep_memory() -> None:
-    """Have glibc keep what is freed. Else it gives every large tensor back to the system, and each step waits for fresh zeroed
-    pages again, which takes a third to a half of the seed recipe's time."""
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -1,0 +1,67 @@
+"""Looking inside a model, as plain data: for a page, a notebook, a terminal, or a file.
+
+In: a model, a text, and for copies the tokens it was trained on. Out: a `Look`, whose methods give the dataclasses of `inside` and `copies`.
+
+`inside` is what happens while the model reads the text, `copies` what of the text stands verbatim in the training text; `html` and `terminal` draw both.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from nanogpt.data import Tokens
+from nanogpt.errors import UserError
+from nanogpt.look import copies, inside
+from nanogpt.look.copies import Copies, Index
+from nanogpt.look.inside import Attention, Embedding, Excerpt, Neurons, Surprise
+from nanogpt.machine import Machine
+from nanogpt.model import GPT
+from nanogpt.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Look:
+    """A text under a model's eyes; each method computes what it gives. In a notebook it shows the surprise.
+
+    `start` is the token that begins a text, `unused` are ranges of tokens that the model never saw; `index` opens the index of its training text, and
+    `held_out` the validation split, both or a `UserError` where these are gone.
+    """
+
+    text: str
+    model: GPT
+    tokenizer: Tokenizer
+    machine: Machine
+    start: int
+    unused: Sequence[Sequence[int]]
+    index: Callable[[], Index]
+    held_out: Callable[[], Tokens]
+
+    def surprise(self, n_alternatives: int = 10) -> Surprise:
+        """See `inside.surprise`."""
+        return inside.surprise(self.model, self.tokenizer, self.machine, self.text, self.start, n_alternatives)
+
+    def attention(self, first: int = 0) -> Attention:
+        """See `inside.attention`."""
+        return inside.attention(self.model, self.tokenizer, self.machine, self.text, first)
+
+    def neurons(self, layer: int = 0, neuron: int | None = None, n_excerpts: int = 0) -> Neurons:
+        """See `inside.neurons`; with so many passages of the validation split that excite the neuron, where that is still there."""
+        found = inside.neurons(self.model, self.tokenizer, self.machine, self.text, layer, neuron)
+        with suppress(UserError):
+            return replace(found, excerpts=self.exciting(layer, found.neuron, n_excerpts) if n_excerpts else [])
+        return found
+
+    def exciting(self, layer: int, neuron: int, n: int = 10) -> list[Excerpt]:
+        """See `inside.exciting`: passages of the validation split, whatever the text. Errors: also `UserError` where that is gone."""
+        return inside.exciting(self.model, self.tokenizer, self.machine, self.held_out(), layer, neuron, n)
+
+    def embedding(self) -> Embedding:
+        """See `inside.embedding`: it does not depend on the text."""
+        return inside.embedding(self.model, self.tokenizer, self.unused)
+
+    def copies(self) -> Copies:
+        """See `copies.copies`. Errors: `UserError` where the training text is gone."""
+        return copies.copies(self.index(), self.text)
+
+    def _repr_html_(self) -> str:
+        return self.surprise()._repr_html_()
