@@ -117,8 +117,8 @@ class Worker:
         """What to tell who finds no place: when the line should have moved by a row of texts."""
         return Busy(self._text_seconds * max(1.0, self.waiting / self.rows))
 
-    def cancel(self, job: Job) -> None:
-        """See `Job.cancel`."""
+    def cancel(self, job: Job | None) -> None:
+        """Give up what is unfinished of a job, or of all."""
         self._inbox.put(lambda: self._cancel(job))
 
     async def call(self, function: Callable[["Model"], T]) -> T:
@@ -234,9 +234,9 @@ class Worker:
         for index, request in enumerate(requests):
             self._texts[self._engine.add(request)] = (job, index)
 
-    def _cancel(self, job: Job) -> None:
+    def _cancel(self, job: Job | None) -> None:
         for text, (of, _) in self._texts.items():
-            if of is job:
+            if job is None or of is job:
                 text.cancel()
 
     def _step(self) -> None:
