@@ -198,9 +198,9 @@ def main(*, text: str = "shakespeare", model: Path | None = None, tokens: int = 
                 writers["transformers"] = transformers(parts)
             if has("xllamacpp", "gguf"):
                 writers["llama.cpp Q8_0"] = llama_cpp(parts, place.threads, Path(folder))
-        writers["nanogpt plain"] = nanogpt(parts, generate.TorchDecoder(parts.model, place))
-        many = {f"nanogpt plain, {STREAMS} texts": nanogpt(parts, generate.TorchDecoder(parts.model, place, STREAMS), STREAMS)}
-        waits = {"plain": first_token(parts, generate.TorchDecoder(parts.model, place))}
+        writers["nanogpt plain"] = nanogpt(parts, generate.TorchDecoder(generate.bare(parts.model), place))
+        many = {f"nanogpt plain, {STREAMS} texts": nanogpt(parts, generate.TorchDecoder(generate.bare(parts.model), place, STREAMS), STREAMS)}
+        waits = {"plain": first_token(parts, generate.TorchDecoder(generate.bare(parts.model), place))}
         if has("numba"):
             for dtype in ("float32", "int8"):
                 writers[f"nanogpt fast {dtype}"] = nanogpt(parts, generate.open_decoder(parts.model, place, dtype))

@@ -123,6 +123,11 @@ class Model:
         """An engine for up to `rows` texts at a time, which join and leave as they come."""
         return generate.Engine(self._decoder(rows), self.tokenizer, self.summary["unused"])
 
+    @property
+    def remark(self) -> str | None:
+        """What a person should know of the pace at which it writes, if anything."""
+        return generate.remark(self._machine)
+
     def _decoder(self, rows: int) -> generate.Decoder:
         return generate.open_decoder(self._model, self._machine, self._dtype, rows)
 

@@ -211,6 +211,17 @@ def test_rows_that_are_not_asked_for_keep_what_they_hold(model_of, place):
         decoder.decode([3], [1])
 
 
+@pytest.mark.parametrize("shape", [{}, {"arch": "modern"}])
+def test_a_network_without_modules_is_the_same_and_leaves_the_other_alone(model_of, shape):
+    model = model_of(**shape)
+    bare, idx = generate.bare(model), torch.tensor([[1, 2, 3]])
+    assert torch.equal(bare(idx), model(idx))
+    with torch.no_grad():
+        model.blocks[0].mlp.fc.weight.mul_(2)  # which both have
+    assert torch.equal(bare(idx), model(idx))
+    assert isinstance(model.blocks[0].ln_1, torch.nn.Module)
+
+
 def test_log_probabilities_are_the_model_s_own(model_of, place):
     model = model_of(scale=1.0)
     unused = [*BARE, (0, 3)]

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import torch
 
 import nanogpt
 from nanogpt import checkpoint, sample
 from nanogpt.config import SamplingConfig
 from nanogpt.errors import UserError
+from nanogpt.generate import decoder
 from nanogpt.tokenizer import train_tokenizer
 
 TEXT = "The cat saw the dog.\n"
@@ -61,6 +64,79 @@ def test_json_has_tokens_log_probabilities_and_the_end(model, capsys):
         assert one["text"] == (spelled[:-1] if one["finish"] == "stop" else spelled)
         assert len(one["logprobs"]) == len(one["tokens"]) <= 9
         assert all(value < 0 for value in one["logprobs"])
+
+
+def without_numba(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+
+@pytest.mark.parametrize("numba", [True, False])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "int8"])
+def test_deterministic_texts_are_the_same_alone_and_among_others(file, monkeypatch, numba, dtype):
+    if numba:
+        pytest.importorskip("numba")
+    else:
+        without_numba(monkeypatch)
+    model = nanogpt.load(file, dtype=dtype, deterministic=True)
+    requests = [model.request(prompt, seed=seed, max_tokens=40) for seed, prompt in enumerate(["cat", "The dog saw", "cat", "a"] * 5)]
+
+    def pieces(some):
+        found = [[] for _ in some]
+        for i, piece in model.write(some):
+            found[i].append((piece.text, piece.token, piece.logprob, piece.finish))
+        return found
+
+    assert pieces(requests) == [pieces([request])[0] for request in requests]
+    assert type(next(iter(model._decoders.values()))).__name__ == ("FastDecoder" if numba else "TorchDecoder")
+    torch.use_deterministic_algorithms(False)
+
+
+def test_streams_of_one_model_do_not_disturb_each_other(model):
+    alone = ["".join(model.stream("cat", seed=seed, max_tokens=30)) for seed in (1, 2)]
+    abandoned = model.stream("dog", seed=3)
+    next(abandoned)
+    streams = [model.stream("cat", seed=seed, max_tokens=30) for seed in (1, 2)]
+    together = ["".join(some) for some in zip(*(zip(*streams, strict=True)), strict=True)]
+    assert together == alone
+
+
+def test_fast_and_plain_write_the_same_in_float32(file, monkeypatch):
+    pytest.importorskip("numba")
+    texts = ["".join(nanogpt.load(file, dtype="float32").stream("The", seed=seed, max_tokens=60)) for seed in range(4)]
+    without_numba(monkeypatch)
+    assert texts == ["".join(nanogpt.load(file, dtype="float32").stream("The", seed=seed, max_tokens=60)) for seed in range(4)]
+
+
+def test_an_evaluation_in_int8_is_of_the_rounded_weights(file, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT * 5)
+    losses = {}
+    for dtype in ("float32", "int8"):
+        model = nanogpt.load(file, dtype=dtype)
+        losses[dtype] = model.evaluate(tmp_path / "text.txt").val_loss
+        ids = [model.tokenizer.encode(TEXT)]
+        written = [piece.logprob for _, piece in model.write([model.request(TEXT, seed=1, max_tokens=1, temperature=0)])]
+        logits = model.logits(ids)[0, -1, : len(set(TEXT))]  # of those that were learned
+        assert written[0] == pytest.approx(float(logits.max() - np.log(np.exp(logits).sum())), abs=1e-4)
+    assert losses["int8"] != losses["float32"]
+    assert losses["int8"] == pytest.approx(losses["float32"], rel=0.02)
+
+
+def test_what_slows_writing_is_remarked(model, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert "Compiling" in model.remark
+    (tmp_path / "new" / "nanogpt" / "numba" / "some").mkdir(parents=True)
+    (tmp_path / "new" / "nanogpt" / "numba" / "some" / "kernel.nbi").touch()
+    assert model.remark is None
+    without_numba(monkeypatch)
+    assert "nanogpt[fast]" in model.remark
+
+
+def test_rows_are_as_many_as_memory_holds(model, place, monkeypatch):
+    monkeypatch.setattr(decoder, "free_memory", lambda device: 2 * 5.5 * 2 * 2 * 32 * 16 * 4)
+    assert [decoder.open_decoder(model._model, place, "float32", rows).rows for rows in (1, 5, 6, 64)] == [1, 5, 5, 5]
+    requests = [model.request("cat", seed=seed, max_tokens=3) for seed in range(9)]
+    assert sum(piece.finish == "length" for _, piece in model.write(requests)) == 9
 
 
 def test_lines_with_a_slash_change_settings():

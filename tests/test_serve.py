@@ -601,12 +601,13 @@ def test_models_that_take_each_other_s_place_lose_no_request(inside, monkeypatch
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_failure_of_the_engine_is_a_500_and_passes(inside, monkeypatch, stream):
+@pytest.mark.parametrize("method", ["add", "step"])
+def test_a_failure_of_the_engine_is_a_500_and_passes(inside, monkeypatch, method, stream):
     with inside() as (client, models):
         ask = {"model": "a", "prompt": "the ", "seed": 1, "max_tokens": 4}
         good = client.post("/v1/completions", json=ask).json()["choices"]
         worker = models.workers[0]
-        monkeypatch.setattr(worker._engine, "step", lambda: 1 / 0)
+        monkeypatch.setattr(worker._engine, method, lambda *_: 1 / 0)
         answer = client.post("/v1/completions", json=ask | {"stream": stream})
         assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
         assert worker.open == 0

@@ -3,15 +3,20 @@
 In: token ids, for each text in its own row. Out: logits of the token that follows. A row that is full can only be begun anew.
 """
 
+import copy
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from nanogpt.files import cache_dir
 from nanogpt.generate.quantize import Precision
-from nanogpt.machine import Machine
+from nanogpt.machine import Machine, free_memory
 from nanogpt.model import GPT, KVCache
 
 
@@ -41,6 +46,7 @@ class TorchDecoder:
         self.begun: list[tuple[tuple[int, ...], np.ndarray] | None] = [None] * rows  # with which ids, and what logits followed
 
     def prefill(self, row: int, ids: Sequence[int]) -> np.ndarray:
+        """As in `Decoder`."""
         ids = tuple(ids)
         same = next((other for other, begun in enumerate(self.begun) if begun is not None and begun[0] == ids), None)
         if same is None:
@@ -53,6 +59,7 @@ class TorchDecoder:
         return self.begun[row][1].copy()  # type: ignore[index]
 
     def decode(self, rows: Sequence[int], ids: Sequence[int]) -> np.ndarray:
+        """As in `Decoder`."""
         if self.deterministic:
             return np.concatenate([self._read([[token]], row) for row, token in zip(rows, ids, strict=True)])
         first, behind = rows[0], rows[-1] + 1
@@ -76,10 +83,50 @@ class TorchDecoder:
             return self.model.next_logits(idx, self.cache[first : first + len(idx)]).float().cpu().numpy()
 
 
+def bare(model: GPT) -> GPT:
+    """The same network, with the same weights, whose blocks' layers are just the functions that they call: for one row of tokens, what PyTorch does around a
+    function to make it a module takes a fifth of the time."""
+    model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for module in list(model.blocks.modules()):
+        for name, layer in list(module.named_children()):
+            function: Callable[[Tensor], Tensor]
+            if isinstance(layer, nn.Linear):
+                function = partial(F.linear, weight=layer.weight, bias=layer.bias)
+            elif isinstance(layer, nn.LayerNorm):
+                function = partial(torch.layer_norm, normalized_shape=layer.normalized_shape, weight=layer.weight, bias=layer.bias, eps=layer.eps)
+            elif isinstance(layer, nn.RMSNorm):
+                function = partial(torch.rms_norm, normalized_shape=layer.normalized_shape, weight=layer.weight, eps=layer.eps)
+            else:
+                continue
+            delattr(module, name)
+            setattr(module, name, function)
+    return model
+
+
 def open_decoder(model: GPT, machine: Machine, dtype: str = "auto", rows: int = 1) -> Decoder:
-    """The fastest decoder for the machine: on a CPU the one that Numba compiles, where it is installed, else PyTorch's. `dtype` is that of the settings."""
-    if machine.device.type == "cpu" and importlib.util.find_spec("numba"):
+    """The fastest decoder for the machine: on a CPU the one that Numba compiles, where it is installed, else PyTorch's. `dtype` is that of the settings.
+
+    It has fewer rows where the keys and values of so many would take more than half of the memory that is free.
+    """
+    c = model.config
+    row = 2 * c.n_layer * c.context_length * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * 4  # bytes
+    free = free_memory(machine.device)
+    rows = rows if free is None else min(rows, max(1, int(free / 2 / row)))
+    if machine.device.type == "cpu" and _has_numba():
         from nanogpt.generate.fast import FastDecoder
 
         return FastDecoder(model, cast(Precision, "int8" if dtype == "auto" else dtype), rows, machine.threads)
-    return TorchDecoder(model, machine.for_single_rows() if dtype == "auto" else machine, rows, machine.deterministic)
+    return TorchDecoder(bare(model), machine.for_single_rows() if dtype == "auto" else machine, rows, machine.deterministic)
+
+
+def remark(machine: Machine) -> str | None:
+    """What a person should know of the decoder that `open_decoder` gives: that its first token takes long, or what would make it faster."""
+    if machine.device.type != "cpu":
+        return None
+    if not _has_numba():
+        return "It would write several times as fast with Numba: pip install 'nanogpt[fast]'"
+    return None if any((cache_dir() / "numba").rglob("*.nbi")) else "Compiling for this processor, which is kept for the next time: about 20 seconds."
+
+
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None

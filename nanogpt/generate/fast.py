@@ -63,12 +63,12 @@ class FastDecoder:
         self.lengths[places] += np.diff(starts)
         assert self.lengths[places].max() <= self.context_length, "more tokens than the context holds"
         assert 0 <= tokens.min() and tokens.max() < self.vocab_size, "no token of this model"
-        inputs = self._shape, self._weights, self._keys, self._values, texts, tokens, len(places)
+        inputs = self._shape, self._weights, self._keys, self._values, texts, tokens, self.threads
         if self.threads == 1:
-            return kernels.read_alone(*inputs)[:, : self.vocab_size]
+            return kernels.read(*inputs)[:, : self.vocab_size]
         with self._together:
             kernels.use_threads(self.threads)
-            return kernels.read_together(*inputs)[:, : self.vocab_size]
+            return kernels.read(*inputs)[:, : self.vocab_size]
 
 
 @torch.no_grad()
@@ -85,41 +85,27 @@ def packed(model: GPT, precision: Precision) -> kernels.Weights:
     else:
         embedding, positions = head[0].float() * head[1][:, None], model.wpe.weight
         turn, head_norms = torch.zeros(2, 0, 0), torch.zeros(len(blocks), 2, D)
-    return kernels.Weights(
-        embedding=as_numpy(embedding),
-        positions=as_numpy(positions),
-        turn=as_numpy(turn),
-        head_norms=as_numpy(head_norms),
-        norms=as_numpy(torch.stack([torch.stack([norm.weight, norm.bias if config.arch == "classic" else torch.zeros(C)]) for norm in norms])),
-        qkv=matrices([block.attn.qkv for block in blocks], precision),
-        proj=matrices([block.attn.proj for block in blocks], precision),
-        fc=matrices([block.mlp.fc for block in blocks], precision, parts=1 + (config.arch == "modern")),
-        mlp_proj=matrices([block.mlp.proj for block in blocks], precision),
-        head=stacked([panels(*head, torch.zeros(len(head[1])))]),
-    )
+    tensors = dict(embedding=embedding, positions=positions, turn=turn, head_norms=head_norms)
+    tensors["norms"] = torch.stack([torch.stack([norm.weight, torch.zeros(C) if config.arch == "modern" else norm.bias]) for norm in norms])
+    layers: dict[str, list[nn.Linear]] = {"qkv": [], "proj": [], "fc": [], "mlp_proj": []}
+    for block in blocks:
+        for kind, layer in zip(layers, (block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj), strict=True):
+            layers[kind].append(layer)
+    for kind, of_blocks in layers.items():
+        parts = 2 if kind == "fc" and config.arch == "modern" else 1  # gates and values
+        of_all = [panels(*rounded(layer.weight, precision), layer.bias, parts) for layer in of_blocks]
+        tensors[kind], tensors[f"{kind}_after"] = (torch.stack(part) for part in zip(*of_all, strict=True))
+    tensors["head"], tensors["head_after"] = panels(*head, None)
+    return kernels.Weights(**{name: as_numpy(tensor) for name, tensor in tensors.items()})
 
 
-def matrices(layers: Sequence[nn.Linear], precision: Precision, parts: int = 1) -> kernels.Matrices:
-    """A linear layer of each block, whose outputs are so many `parts` of one width, each in panels of its own."""
-    stacks = []
-    for layer in layers:
-        bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
-        chunks = zip(*(part.chunk(parts) for part in (*rounded(layer.weight, precision), bias)), strict=True)
-        stacks.append([torch.cat(part) for part in zip(*(panels(*chunk) for chunk in chunks), strict=True)])
-    return stacked(stacks)
-
-
-def panels(weight: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, K), (N,), (N,) -> (P, K, 64), (64 P,), (64 P,), filled up with zeros."""
-    missing = -len(weight) % kernels.PANEL
-    weight, scale, bias = F.pad(weight, (0, 0, 0, missing)), F.pad(scale, (0, missing)), F.pad(bias, (0, missing))
-    return weight.view(-1, kernels.PANEL, weight.shape[1]).transpose(1, 2), scale, bias
-
-
-def stacked(layers: Sequence[Sequence[Tensor]]) -> kernels.Matrices:
-    """The panels, the scales and the biases of all layers, each in one array."""
-    weight, scale, bias = (torch.stack(part) for part in zip(*layers, strict=True))
-    return as_numpy(weight), as_numpy(scale), as_numpy(bias)
+def panels(weight: Tensor, scale: Tensor, bias: Tensor | None, parts: int = 1) -> tuple[Tensor, Tensor]:
+    """A matrix (N, K) as panels (P, K, 64), and its scale and bias (2, 64 P); so many parts of the outputs, all of one width, each in panels of its own."""
+    bias = torch.zeros(len(weight)) if bias is None else bias
+    missing = -(len(weight) // parts) % kernels.PANEL
+    outputs = [F.pad(part, (0, 0, 0, missing)) for part in weight.chunk(parts)]  # (64 P / parts, K) each
+    after = [F.pad(part, (0, missing)) for part in torch.stack([scale, bias]).chunk(parts, dim=1)]
+    return torch.cat(outputs).unflatten(0, (-1, kernels.PANEL)).transpose(1, 2), torch.cat(after, dim=1)
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:

@@ -45,22 +45,24 @@ class Shape(NamedTuple):
     epsilon: float
 
 
-Matrices = tuple[np.ndarray, np.ndarray, np.ndarray]  # one of each layer: panels (L, P, K, 64), scales (L, 64 P), biases (L, 64 P)
-
-
 class Weights(NamedTuple):
-    """All of a model of L layers."""
+    """All of a model of L layers. Each matrix is panels (L, P, K, 64), and what comes after the product: a scale and a bias for each output, (L, 2, 64 P)."""
 
     embedding: np.ndarray  # (V, C)
     positions: np.ndarray  # (S, C); zeros in modern
     turn: np.ndarray  # (2, S, D / 2): cosines and sines, for modern
     head_norms: np.ndarray  # (L, 2, D): of queries and keys, for modern
     norms: np.ndarray  # (2 L + 1, 2, C): weight and bias of each normalisation of the stream, in order
-    qkv: Matrices
-    proj: Matrices
-    fc: Matrices
-    mlp_proj: Matrices
-    head: Matrices  # of one layer
+    qkv: np.ndarray
+    qkv_after: np.ndarray
+    proj: np.ndarray
+    proj_after: np.ndarray
+    fc: np.ndarray
+    fc_after: np.ndarray
+    mlp_proj: np.ndarray
+    mlp_proj_after: np.ndarray
+    head: np.ndarray  # of one layer: (P, C, 64)
+    head_after: np.ndarray
 
 
 class Texts(NamedTuple):
@@ -71,11 +73,22 @@ class Texts(NamedTuple):
     past: np.ndarray  # (M,)
 
 
+class Work(NamedTuple):
+    """What goes from stage to stage, for N tokens; widths are filled up to whole panels."""
+
+    x: np.ndarray  # (N, C or more): the stream
+    normed: np.ndarray  # (N, C)
+    qkv: np.ndarray  # (N, (H + 2 K) D or more)
+    mixed: np.ndarray  # (N, C): values, as attention mixes them
+    hidden: np.ndarray  # (N, 4 C or so)
+    logits: np.ndarray  # (M, V or more)
+
+
 def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """`numba.njit`, with what it compiles kept in our cache for the next process, where that can be written."""
     if function is None:
         return lambda function: compiled(function, **options)
-    elsewhere, folder = numba.config.CACHE_DIR, cache_dir() / ("numba-parallel" if "parallel" in options else "numba")  # which Numba would mix up
+    elsewhere, folder = numba.config.CACHE_DIR, cache_dir() / "numba"
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     numba.config.CACHE_DIR = str(folder)  # read where a function is decorated
@@ -252,30 +265,30 @@ def product(panel, x, y, at):
 
 
 @compiled(fastmath={"contract"})
-def linear(panel, scale, bias, x, y, at):
-    """y (N, 64) = x (N, K) @ panel (K, 64) * scale (64,) + bias (64,), where y, scale and bias are those from `at` on."""
+def linear(panel, after, x, y, at):
+    """y (N, 64) = x (N, K) @ panel (K, 64) * scale + bias, where y is the columns from `at` on, and so are those of after, (2, N)."""
     product(panel, x, y, at)
     for n in range(len(y)):
         row = y[n]
         for j in range(at, at + PANEL):
-            row[j] = row[j] * scale[j] + bias[j]
+            row[j] = row[j] * after[0, j] + after[1, j]
 
 
 @compiled(fastmath={"contract"})
-def add_linear(panel, scale, bias, x, y, at):
+def add_linear(panel, after, x, y, at):
     """The same, added to what is in y."""
     new = np.empty((len(y), PANEL), np.float32)
-    product(panel, x, new, 0)
+    product(panel, x, new, np.int64(0))
     for n in range(len(y)):
         row, more = y[n, at : at + PANEL], new[n]
         for j in range(PANEL):
-            row[j] += more[j] * scale[at + j] + bias[at + j]
+            row[j] += more[j] * after[0, at + j] + after[1, at + j]
 
 
 @compiled(fastmath={"contract"})
-def linear_gelu(panel, scale, bias, x, y, at):
+def linear_gelu(panel, after, x, y, at):
     """The GELU of it."""
-    linear(panel, scale, bias, x, y, at)
+    linear(panel, after, x, y, at)
     for n in range(len(y)):
         row = y[n]
         for j in range(at, at + PANEL):
@@ -283,16 +296,16 @@ def linear_gelu(panel, scale, bias, x, y, at):
 
 
 @compiled(fastmath={"contract"})
-def linear_swiglu(panels, scale, bias, x, y, at):
-    """The SwiGLU of it: panels, scale and bias are those of all gates and then of all values."""
+def linear_swiglu(panels, after, x, y, at):
+    """The SwiGLU of it: panels and after are those of all gates, and then of all values."""
     hidden = y.shape[1]
     value = np.empty((len(y), PANEL), np.float32)
-    linear(panels[at // PANEL], scale, bias, x, y, at)
-    linear(panels[(hidden + at) // PANEL], scale[hidden + at :], bias[hidden + at :], x, value, 0)
+    linear(panels[at // PANEL], after, x, y, at)
+    product(panels[(hidden + at) // PANEL], x, value, np.int64(0))
     for n in range(len(y)):
         row, factor = y[n, at : at + PANEL], value[n]
         for j in range(PANEL):
-            row[j] = silu(row[j]) * factor[j]
+            row[j] = silu(row[j]) * (factor[j] * after[0, hidden + at + j] + after[1, hidden + at + j])
 
 
 @compiled(fastmath=SUMS)
@@ -326,7 +339,8 @@ def turned(shape, norm, turn, x, position, out):
         rms_norm(x, norm, shape.epsilon, out)
         rotate(out, turn[0, position], turn[1, position])
     else:
-        out[:] = x
+        for d in range(x.size):
+            out[d] = x[d]
 
 
 @compiled
@@ -365,66 +379,83 @@ def attend(shape, head_norms, turn, qkv, head, past, keys, values, y):
             seen[i, last + 1 :] = zero
         mixed = np.empty((T * G, PANEL), np.float32)
         for p in range(len(values)):
-            product(values[p, begin:end], seen, mixed, 0)
+            product(values[p, begin:end], seen, mixed, np.int64(0))
             for i in range(T * G):
                 at = (head * G + i % G) * D + p * PANEL
                 for d in range(min(PANEL, D - p * PANEL)):
                     y[t + i // G, at + d] = mixed[i, d] / totals[i]
 
 
-def read(shape, weights, keys, values, texts, tokens, n_logits):
-    """Read new tokens (N,) of some texts -> the logits (n_logits, V or more) of what follows the last ones.
+QKV, ATTEND, PROJ, FC, MLP_PROJ, HEAD = np.arange(
+    6
+)  # the stages of a pass, each of many parts that can be computed at once (Numba compiles anew for each int, not for these)
+
+
+@compiled
+def part(stage, i, layer, shape, weights, keys, values, texts, work):
+    """Part i of a stage: a panel of outputs, or one head of one text."""
+    at = i * PANEL
+    if stage == QKV:
+        linear(weights.qkv[layer, i], weights.qkv_after[layer], work.normed, work.qkv, at)
+    elif stage == ATTEND:
+        m, head = i // shape.n_kv_head, i % shape.n_kv_head
+        row, past, new = texts.rows[m], texts.past[m], slice(texts.starts[m], texts.starts[m + 1])
+        attend(shape, weights.head_norms[layer], weights.turn, work.qkv[new], head, past, keys[layer, row, head], values[layer, row, head], work.mixed[new])
+    elif stage == PROJ:
+        add_linear(weights.proj[layer, i], weights.proj_after[layer], work.mixed, work.x, at)
+    elif stage == FC and shape.modern:
+        linear_swiglu(weights.fc[layer], weights.fc_after[layer], work.normed, work.hidden, at)
+    elif stage == FC:
+        linear_gelu(weights.fc[layer, i], weights.fc_after[layer], work.normed, work.hidden, at)
+    elif stage == MLP_PROJ:
+        add_linear(weights.mlp_proj[layer, i], weights.mlp_proj_after[layer], work.hidden, work.x, at)
+    else:
+        last = work.normed[len(work.normed) - len(work.logits) :]
+        linear(weights.head[i], weights.head_after, last, work.logits, at)
+
+
+@compiled(parallel=PRANGE_ONLY)
+def parts(threads, n, stage, layer, shape, weights, keys, values, texts, work):
+    """All n parts of a stage."""
+    if threads > 1:
+        for i in prange(n):
+            part(stage, i, layer, shape, weights, keys, values, texts, work)
+    else:
+        for i in range(n):
+            part(stage, i, layer, shape, weights, keys, values, texts, work)
+
+
+@compiled
+def read(shape, weights, keys, values, texts, tokens, threads):
+    """Read new tokens (N,) of M texts -> the logits (M, V or more) of what follows each, if there is one token of each, or all are of one text.
 
     keys (L, rows, K, S / 64, D, 64) and values (L, rows, K, D / 64, S, 64) hold what was read, and take what is.
     """
-    N, C, items = len(tokens), weights.embedding.shape[1], len(texts.rows) * shape.n_kv_head
-    rows, starts, past, turn = texts.rows, texts.starts, texts.past, weights.turn
-    x = np.zeros((N, weights.proj[1].shape[1]), np.float32)  # the stream, filled up to whole panels
-    for m in range(len(rows)):
-        for n in range(starts[m], starts[m + 1]):
+    N, C, M = len(tokens), weights.embedding.shape[1], len(texts.rows)
+    hidden = weights.fc_after.shape[2] // (2 if shape.modern else 1)
+    work = Work(
+        x=np.zeros((N, weights.proj_after.shape[2]), np.float32),
+        normed=np.empty((N, C), np.float32),
+        qkv=np.empty((N, weights.qkv_after.shape[2]), np.float32),
+        mixed=np.empty((N, C), np.float32),
+        hidden=np.empty((N, hidden), np.float32),
+        logits=np.empty((M, weights.head_after.shape[1]), np.float32),
+    )
+    for m in range(M):
+        for n in range(texts.starts[m], texts.starts[m + 1]):
             for c in range(C):
-                x[n, c] = weights.embedding[tokens[n], c] + weights.positions[past[m] + n - starts[m], c]
-    normed, y = np.empty((N, C), np.float32), np.empty((N, C), np.float32)
+                work.x[n, c] = weights.embedding[tokens[n], c] + weights.positions[texts.past[m] + n - texts.starts[m], c]
     for layer in range(len(keys)):
-        normalize(shape, weights.norms[2 * layer], x, normed)
-        panels, scale, bias = weights.qkv[0][layer], weights.qkv[1][layer], weights.qkv[2][layer]
-        qkv = np.empty((N, scale.size), np.float32)
-        for p in prange(len(panels)):
-            linear(panels[p], scale, bias, normed, qkv, p * PANEL)
-
-        head_norms, layer_keys, layer_values = weights.head_norms[layer], keys[layer], values[layer]
-        for item in prange(items):
-            m, head = item // shape.n_kv_head, item % shape.n_kv_head
-            begin, end = starts[m], starts[m + 1]
-            own_keys, own_values = layer_keys[rows[m], head], layer_values[rows[m], head]
-            attend(shape, head_norms, turn, qkv[begin:end], head, past[m], own_keys, own_values, y[begin:end])
-
-        panels, scale, bias = weights.proj[0][layer], weights.proj[1][layer], weights.proj[2][layer]
-        for p in prange(len(panels)):
-            add_linear(panels[p], scale, bias, y, x, p * PANEL)
-
-        normalize(shape, weights.norms[2 * layer + 1], x, normed)
-        panels, scale, bias = weights.fc[0][layer], weights.fc[1][layer], weights.fc[2][layer]
-        hidden = np.empty((N, scale.size // 2 if shape.modern else scale.size), np.float32)
-        for p in prange(hidden.shape[1] // PANEL):
-            if shape.modern:
-                linear_swiglu(panels, scale, bias, normed, hidden, p * PANEL)
-            else:
-                linear_gelu(panels[p], scale, bias, normed, hidden, p * PANEL)
-
-        panels, scale, bias = weights.mlp_proj[0][layer], weights.mlp_proj[1][layer], weights.mlp_proj[2][layer]
-        for p in prange(len(panels)):
-            add_linear(panels[p], scale, bias, hidden, x, p * PANEL)
-
-    normalize(shape, weights.norms[2 * len(keys)], x, normed)
-    panels, scale, bias = weights.head[0][0], weights.head[1][0], weights.head[2][0]
-    logits = np.empty((n_logits, scale.size), np.float32)
-    for p in prange(len(panels)):
-        linear(panels[p], scale, bias, normed[N - n_logits :], logits, p * PANEL)
-    return logits
-
-
-read_alone, read_together = compiled(read), compiled(read, parallel=PRANGE_ONLY)
+        normalize(shape, weights.norms[2 * layer], work.x, work.normed)
+        parts(threads, weights.qkv.shape[1], QKV, layer, shape, weights, keys, values, texts, work)
+        parts(threads, M * shape.n_kv_head, ATTEND, layer, shape, weights, keys, values, texts, work)
+        parts(threads, weights.proj.shape[1], PROJ, layer, shape, weights, keys, values, texts, work)
+        normalize(shape, weights.norms[2 * layer + 1], work.x, work.normed)
+        parts(threads, hidden // PANEL, FC, layer, shape, weights, keys, values, texts, work)
+        parts(threads, weights.mlp_proj.shape[1], MLP_PROJ, layer, shape, weights, keys, values, texts, work)
+    normalize(shape, weights.norms[2 * len(keys)], work.x, work.normed)
+    parts(threads, len(weights.head), HEAD, np.int64(0), shape, weights, keys, values, texts, work)
+    return work.logits
 
 
 def most_threads() -> int:
@@ -433,5 +464,5 @@ def most_threads() -> int:
 
 
 def use_threads(threads: int) -> None:
-    """How many of them `read_together` takes when this thread calls it."""
+    """How many of them `read` takes when this thread calls it."""
     numba.set_num_threads(threads)
