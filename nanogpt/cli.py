@@ -241,8 +241,7 @@ def look(
 
 @app.command
 def serve(
-    model: Path = Path("runs"), /, *, deterministic: Switch = False,
-    server: ServerSettings = ServeConfig(), machine: PlaceSettings = PlaceConfig(),
+    model: Path = Path("runs"), /, *, server: ServerSettings = ServeConfig(), machine: PlaceSettings = PlaceConfig(),
 ) -> None:  # fmt: skip
     """Serve models: a page to look at runs and to write with them, and the OpenAI-compatible API for programs.
 
@@ -250,13 +249,13 @@ def serve(
     ----------
     model
         A run folder or a model file; or a folder of runs, whose models are loaded when they are asked for.
-    deterministic
-        Make each text the same as if its request had come alone, bit for bit, where that is slower.
     """
     from nanogpt.serve import run
     from nanogpt.serve.models import Models
 
-    models = Models(model, server, machine, deterministic)
+    models = Models(model, server, machine)
+    if models.only is not None:
+        print(f"Model    {models.only}, which is being loaded", flush=True)  # its decoder may have to be compiled first
     run(models, model, on_ready=lambda url: _show_server(url, models.names, server.api_key is not None))
 
 

@@ -51,5 +51,9 @@ def test_help_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
+def test_the_server_begins_without_torch():
+    subprocess.run([sys.executable, "-c", "import sys, nanogpt.serve; assert 'torch' not in sys.modules"], check=True)
+
+
 def test_importing_the_library_door_needs_no_torch():
     subprocess.run([sys.executable, "-c", "import sys, nanogpt; assert 'torch' not in sys.modules"], check=True)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from test_serve import make_run, resident, serving
 
 import nanogpt
 
@@ -35,3 +36,18 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
                 file.write(line * (1_000_000 // len(line.encode())))
         peaks.append(int(subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, check=True).stdout))
     assert peaks[1] < peaks[0] + 50
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_server_s_memory_does_not_grow_with_the_requests(tmp_path):
+    make_run(tmp_path / "a", 0)
+    with serving(tmp_path / "a") as server:
+
+        def ask(times):
+            for i in range(times):
+                assert server.post({"model": "a", "prompt": "the ", "max_tokens": 4, "logprobs": 5, "n": 3, "stream": i % 2 == 0, "stop": ["q"]})[0] == 200
+
+        ask(500)
+        before = resident(server.process)
+        ask(10_000)
+        assert resident(server.process) - before < 10

@@ -23,7 +23,6 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -36,12 +35,7 @@ from nanogpt.serve.models import Models
 
 CONNECTIONS = 1000  # at a time
 GRACE = 30  # seconds in which what is under way may finish at the end
-SILENT: TelemetryConfig = {
-    "tracing": False,
-    "metrics": False,
-    "logs": False,
-    "auto_configure": False,
-}  # nothing leaves the machine, whatever the environment says
+LEAVING = 5  # seconds more for clients to take it
 
 
 def create_app(models: Models, runs: Path | None = None) -> FastAPI:
@@ -52,7 +46,7 @@ def create_app(models: Models, runs: Path | None = None) -> FastAPI:
         yield
         await models.close()
 
-    app = FastAPI(title="nanogpt", version=nanogpt.__version__, docs_url=None, redoc_url=None, lifespan=life, telemetry=SILENT)
+    app = FastAPI(title="nanogpt", version=nanogpt.__version__, docs_url=None, redoc_url=None, lifespan=life)
     app.state.models, app.state.runs = models, runs
     app.include_router(api.router)
     if find_spec("nanogpt.serve.page"):
@@ -77,18 +71,33 @@ def run(models: Models, runs: Path | None = None, on_ready: Callable[[str], None
     sock = _listen(settings, models.path)
     app = create_app(models, runs)
     config = uvicorn.Config(
-        app, log_level=logging.WARNING, access_log=False, server_header=False, ws="none", limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=GRACE
-    )
+        app, log_level=logging.WARNING, access_log=False, server_header=False, ws="none", limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=GRACE + LEAVING,
+    )  # fmt: skip
 
     async def serve() -> None:
         if models.only is not None:
             await models.open(models.only)
         on_ready(_url(settings.host, sock.getsockname()[1]))
         with _signals_end_well():
-            await uvicorn.Server(config).serve(sockets=[sock])
+            await _Server(config, models).serve(sockets=[sock])
 
     with sock:
         asyncio.run(serve())
+
+
+class _Server(uvicorn.Server):
+    """One whose texts end where they are, if they take longer than `GRACE` once it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, models: Models):
+        super().__init__(config)
+        self.models = models
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more requests, and return when the last is answered."""
+        timer = asyncio.get_running_loop().call_later(GRACE, self.models.cut_short)
+        await super().shutdown(sockets)
+        timer.cancel()
 
 
 def _listen(settings: ServeConfig, path: Path) -> socket.socket:

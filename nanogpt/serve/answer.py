@@ -9,15 +9,17 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nanogpt.generate import Piece
-from nanogpt.library import Model
 from nanogpt.serve.wire import CompletionRequest, dumps, failure
 from nanogpt.serve.worker import Job, Made
 from nanogpt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from nanogpt.generate import Piece
+    from nanogpt.library import Model
 
 NEVER = -9999.0  # the log-probability of a token that training never had: JSON has no infinity
 
@@ -55,7 +57,7 @@ class Choice:
             for token in prompt.tokens:
                 self._hold(token)
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: "Piece") -> None:
         """Put a piece behind the text."""
         self._new += piece.text
         self._text_end += len(piece.text)
@@ -89,8 +91,13 @@ class Choice:
         }
 
     def _alternatives(self, token: Token) -> dict[str, float] | None:
-        """By what is written: of two tokens that are written alike, the likelier."""
-        return {self._spelled(i): logprob for i, logprob in reversed(token.top)} if token.logprob is not None else None
+        """By what is written, likeliest first; of two tokens that are written alike, the likelier."""
+        if token.logprob is None:
+            return None
+        told: dict[str, float] = {}
+        for i, logprob in token.top:
+            told.setdefault(self._spelled(i), logprob)
+        return told
 
     def _spelled(self, token: int) -> str:
         written = self._tokenizer.token_bytes[token]
@@ -144,7 +151,7 @@ class Answer:
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": made, "total_tokens": self.prompt_tokens + made}
 
 
-def tokens_of(model: Model, ids: Sequence[int], n_top: int) -> list[Token]:
+def tokens_of(model: "Model", ids: Sequence[int], n_top: int) -> list[Token]:
     """What the model thinks of each token of a prompt, at most as long as its context; of the tokens that training had, as in `Piece`."""
     logits = model.logits([ids])[0, :-1].astype(np.float64)  # (T - 1, V)
     for first, behind in model.summary["unused"]:

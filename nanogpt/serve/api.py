@@ -8,23 +8,25 @@ Source: OpenAI, "API reference", Completions and Models.
 import asyncio
 import difflib
 from collections.abc import AsyncIterator, Collection, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
+import fastapi
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from nanogpt import generate
-from nanogpt.library import new_seed
+from nanogpt.errors import UserError
 from nanogpt.serve.answer import Answer, Prompt, tokens_of
 from nanogpt.serve.models import Models
 from nanogpt.serve.wire import PROMPT_TOKENS, WORK, ApiError, CompletionRequest, as_json
 from nanogpt.serve.worker import Job, Worker
 from nanogpt.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from nanogpt.generate import Request
+
 QUICK = 2_000  # characters of a prompt that become tokens at once; more do so in another thread, and others need not wait
 GONE = 499  # the status of an answer that nobody waits for any more, which nginx gave it
-router = APIRouter()
+router = fastapi.APIRouter()
 
 
 @router.get("/healthz")
@@ -34,22 +36,22 @@ async def healthz() -> Response:
 
 
 @router.get("/metrics")
-async def metrics(request: Request) -> Response:
+async def metrics(request: fastapi.Request) -> Response:
     """What it has done and is doing, for Prometheus."""
     models: Models = request.app.state.models
     active, waiting = ({worker.name: getattr(worker, what) for worker in models.workers} for what in ("active", "waiting"))
-    return PlainTextResponse(models.metrics.text(active, waiting), media_type="text/plain; version=0.0.4")
+    return Response(models.metrics.text(active, waiting).encode(errors="backslashreplace"), media_type="text/plain; version=0.0.4")
 
 
 @router.get("/v1/models")
-async def list_models(request: Request) -> Response:
+async def list_models(request: fastapi.Request) -> Response:
     """The models that can be asked."""
     files = request.app.state.models.files()
     return as_json({"object": "list", "data": [_about(name, file.stat().st_mtime) for name, file in files.items()]})
 
 
 @router.get("/v1/models/{name}")
-async def get_model(name: str, request: Request) -> Response:
+async def get_model(name: str, request: fastapi.Request) -> Response:
     """One of them."""
     files = request.app.state.models.files()
     if name not in files:
@@ -58,7 +60,7 @@ async def get_model(name: str, request: Request) -> Response:
 
 
 @router.post("/v1/completions")
-async def complete(asked: CompletionRequest, request: Request) -> Response:
+async def complete(asked: CompletionRequest, request: fastapi.Request) -> Response:
     """Continue one prompt or several, each with one text or several."""
     models: Models = request.app.state.models
     if asked.best_of not in (None, asked.n):
@@ -72,13 +74,12 @@ async def _complete(asked: CompletionRequest, models: Models) -> Response:
     except KeyError:
         raise _unknown_model(asked.model, models.files()) from None
     _require_bounds(asked, worker)
-    prompts = [await _prompt(given, asked, worker) for given in asked.prompts()]
-    settings, first = asked.sampling(worker.model.tokenizer.vocab_size), new_seed() if asked.seed is None else asked.seed
-    requests = [generate.Request(prompt.ids, settings, (first + i) % 2**63, asked.logprobs or 0) for prompt in prompts for i in range(asked.n)]
-    answer = Answer(asked, prompts, worker.model.tokenizer)
-    models.metrics.count_tokens(worker.name, "prompt", answer.prompt_tokens)
-    job = worker.submit(requests, asked.stream, models.settings.seconds)
+    with worker.used():
+        prompts = [await _prompt(given, asked, worker) for given in asked.prompts()]
+    job = worker.submit(_requests(asked, prompts, worker.model.tokenizer.vocab_size), asked.stream, models.settings.seconds)
     try:
+        answer = Answer(asked, prompts, worker.model.tokenizer)
+        models.metrics.count_tokens(worker.name, "prompt", answer.prompt_tokens)
         if not asked.stream:
             whole = await answer.whole(job)
             _require_some(asked, job, worker)
@@ -89,6 +90,15 @@ async def _complete(asked: CompletionRequest, models: Models) -> Response:
     except BaseException:
         job.cancel()
         raise
+
+
+def _requests(asked: CompletionRequest, prompts: list[Prompt], vocab_size: int) -> "list[Request]":
+    """What the engine is to write."""
+    from nanogpt.generate import Request
+    from nanogpt.library import new_seed
+
+    settings, first = asked.sampling(vocab_size), new_seed() if asked.seed is None else asked.seed
+    return [Request(prompt.ids, settings, (first + i) % 2**63, asked.logprobs or 0) for prompt in prompts for i in range(asked.n)]
 
 
 class EventStream(StreamingResponse):
@@ -105,7 +115,7 @@ class EventStream(StreamingResponse):
             self.job.cancel()
 
 
-async def _while_there(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+async def _while_there(request: fastapi.Request, work: Coroutine[Any, Any, Response]) -> Response:
     """What the work gives; it is cancelled as soon as the client is gone."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_leaving(request))
     try:
@@ -116,17 +126,23 @@ async def _while_there(request: Request, work: Coroutine[Any, Any, Response]) ->
         leaving.cancel()
 
 
-async def _leaving(request: Request) -> None:
+async def _leaving(request: fastapi.Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 async def _encoded(text: str, tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.encode(text) if len(text) < QUICK else await asyncio.to_thread(tokenizer.encode, text)
+    """Errors: `ApiError` for half a surrogate pair."""
+    try:
+        return tokenizer.encode(text) if len(text) < QUICK else await asyncio.to_thread(tokenizer.encode, text)
+    except UserError as error:
+        raise ApiError(400, f"prompt: {error}", "prompt", "invalid_value") from error
 
 
 async def _prompt(given: str | list[int], asked: CompletionRequest, worker: Worker) -> Prompt:
     """Errors: `ApiError` for one that is too long, or no text or tokens of the model's."""
+    from nanogpt.generate import encode_prompt
+
     model, tokenizer = worker.model, worker.model.tokenizer
     ids = given if isinstance(given, list) else await _encoded(given, tokenizer)
     if len(ids) > PROMPT_TOKENS:
@@ -134,7 +150,7 @@ async def _prompt(given: str | list[int], asked: CompletionRequest, worker: Work
     if max(ids, default=0) >= tokenizer.vocab_size:
         raise ApiError(400, f"prompt: there is no token {max(ids)}; the vocabulary goes from 0 to {tokenizer.vocab_size - 1}.", "prompt", "invalid_value")
     if not ids:
-        return Prompt(generate.encode_prompt(tokenizer, None, model.summary["unused"], 1), "")
+        return Prompt(encode_prompt(tokenizer, None, model.summary["unused"], 1), "")
     text = given if isinstance(given, str) else tokenizer.decode(given)
     if not asked.echo or asked.logprobs is None:
         return Prompt(ids, text)

@@ -4,12 +4,15 @@ In: a model file, a run folder, or a folder of runs. Out: a `Worker` for a name.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nanogpt import library
 from nanogpt.config import PlaceConfig, ServeConfig
 from nanogpt.errors import UserError
 from nanogpt.serve.metrics import Metrics
 from nanogpt.serve.worker import Busy, Worker
+
+if TYPE_CHECKING:
+    from nanogpt.library import Model
 
 LOADED = 4  # models at a time; each has the keys and values of all its rows
 
@@ -17,9 +20,9 @@ LOADED = 4  # models at a time; each has the keys and values of all its rows
 class Models:
     """The models in a folder, and those of them that are at work. Belongs to one event loop."""
 
-    def __init__(self, path: Path, settings: ServeConfig = ServeConfig(), place: PlaceConfig = PlaceConfig(), deterministic: bool = False):
+    def __init__(self, path: Path, settings: ServeConfig = ServeConfig(), place: PlaceConfig = PlaceConfig()):
         """Errors: `UserError` where there is neither a model nor a run."""
-        self.path, self.settings, self.place, self.deterministic = path, settings, place, deterministic
+        self.path, self.settings, self.place = path, settings, place
         self.metrics = Metrics()
         self._workers: dict[str, tuple[Worker, tuple[int, int]]] = {}  # with the file's time and size; the last asked for at the end
         if not path.exists():
@@ -52,13 +55,14 @@ class Models:
     async def open(self, name: str) -> Worker:
         """The worker of a model, whose model is loaded. A model that training has replaced meanwhile is loaded anew as soon as no text is under way.
 
+        Who does not submit or call at once keeps it with `Worker.used`.
         Errors: `KeyError` for a name that is not there, `UserError` for a file that holds no model, `Busy` where too many others are at work.
         """
         file = self.files()[name]
         state = file.stat()
         version = (state.st_mtime_ns, state.st_size)
         worker, loaded = self._workers.pop(name, (None, version))
-        if worker is not None and loaded != version and not worker.open:
+        if worker is not None and loaded != version and worker.idle:
             worker.retire()
             worker = None
         if worker is None:
@@ -73,6 +77,11 @@ class Models:
             raise
         return worker
 
+    def cut_short(self) -> None:
+        """Have all texts end where they are."""
+        for worker in self.workers:
+            worker.cancel(None)
+
     async def close(self) -> None:
         """End all workers."""
         for worker in self.workers:
@@ -80,14 +89,16 @@ class Models:
 
     def _make_room(self) -> None:
         if len(self._workers) >= LOADED:
-            idle = next((name for name, (worker, _) in self._workers.items() if not worker.open), None)
+            idle = next((name for name, (worker, _) in self._workers.items() if worker.idle), None)
             if idle is None:
                 raise Busy(1.0)
             self._workers.pop(idle)[0].retire()
 
     def _start(self, name: str, file: Path) -> Worker:
-        def load() -> library.Model:
+        def load() -> "Model":
+            from nanogpt import library  # and PyTorch with it, which a folder of runs does without until a model is asked for
+
             return library.load(file, **self.place.model_dump(exclude_unset=True))
 
         rows = self.settings.rows
-        return Worker(name, load, lambda model: model.engine(rows, self.deterministic), rows, self.settings.queue, self.metrics)
+        return Worker(name, load, lambda model: model.engine(rows), rows, self.settings.queue, self.metrics)

@@ -13,17 +13,20 @@ import math
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from nanogpt.generate import Engine, Piece, Request, Text
-from nanogpt.library import Model
 from nanogpt.serve.metrics import Metrics
 from nanogpt.serve.wire import ApiError
 
+if TYPE_CHECKING:  # they import PyTorch, which takes seconds
+    from nanogpt.generate import Engine, Piece, Request, Text
+    from nanogpt.library import Model
+
 PAUSE = 0.02  # seconds between two deliveries, where nothing begins or ends: fifty a second look like a flow
 LONGEST_RETRY = 30  # seconds that a client is asked to wait at most
-Made = list[tuple[int, Piece]]  # pieces, each with the place of its text among those that were asked for
+Made = list[tuple[int, "Piece"]]  # pieces, each with the place of its text among those that were asked for
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class Job:
 
     async def pieces(self) -> AsyncIterator[Made]:
         """All pieces, some at a time where they are `streamed`, and else all at once when the last text has ended."""
-        while self.unfinished or self._made:
+        while self.unfinished or self._made or self._error:
             await self._news.wait()
             self._news.clear()
             if self._error:
@@ -63,7 +66,7 @@ class Job:
         if self.unfinished:
             self._worker.cancel(self)
 
-    def add(self, index: int, piece: Piece) -> None:
+    def add(self, index: int, piece: "Piece") -> None:
         """Receive a piece of the text at this place."""
         self._made.append((index, piece))
         self.tokens += piece.token is not None
@@ -84,10 +87,10 @@ class Worker:
     """An engine at work. Belongs to the event loop, but for the methods that say otherwise."""
 
     def __init__(
-        self, name: str, load: Callable[[], Model], engine: Callable[[Model], Engine], rows: int, queue_length: int, metrics: Metrics
+        self, name: str, load: Callable[[], "Model"], engine: Callable[["Model"], "Engine"], rows: int, queue_length: int, metrics: Metrics
     ):  # fmt: skip
         """`load` and `engine`, which make the model and its engine of so many rows, run in the worker's thread."""
-        self.name, self.rows, self.places, self.open = name, rows, rows + queue_length, 0
+        self.name, self.rows, self.places, self.open, self.users = name, rows, rows + queue_length, 0, 0
         self.model: Model
         self.context_length: int
         self._metrics, self._loop, self._text_seconds = metrics, asyncio.get_running_loop(), 1.0
@@ -98,9 +101,10 @@ class Worker:
 
     async def loaded(self) -> None:
         """Wait until the model is there. Errors: what loading it raised."""
-        await asyncio.shield(self._loaded)  # others wait for it too
+        with self.used():
+            await asyncio.shield(self._loaded)  # others wait for it too
 
-    def submit(self, requests: Sequence[Request], streamed: bool, seconds: float) -> Job:
+    def submit(self, requests: Sequence["Request"], streamed: bool, seconds: float) -> Job:
         """Have texts written, for at most so many seconds. Errors: `Busy` where there is no place for all of them."""
         if self.open + len(requests) > self.places:
             raise self.busy()
@@ -113,11 +117,11 @@ class Worker:
         """What to tell who finds no place: when the line should have moved by a row of texts."""
         return Busy(self._text_seconds * max(1.0, self.waiting / self.rows))
 
-    def cancel(self, job: Job) -> None:
-        """See `Job.cancel`."""
+    def cancel(self, job: Job | None) -> None:
+        """Give up what is unfinished of a job, or of all."""
         self._inbox.put(lambda: self._cancel(job))
 
-    async def call(self, function: Callable[[Model], T]) -> T:
+    async def call(self, function: Callable[["Model"], T]) -> T:
         """What the function makes of the model, in the engine's thread, between two steps. Errors: its own."""
         made: asyncio.Future[T] = self._loop.create_future()
 
@@ -130,7 +134,22 @@ class Worker:
                 self._tell(_settle, made, result, None)
 
         self._inbox.put(run)
-        return await made
+        with self.used():
+            return await made
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Keep it at work, even if no text is under way."""
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody would miss it."""
+        return not self.open and not self.users
 
     @property
     def active(self) -> int:
@@ -151,7 +170,7 @@ class Worker:
         self.retire()
         await asyncio.to_thread(self._thread.join, 10)
 
-    def _deliver(self, made: list[tuple[Job, int, Piece]], first: list[Job]) -> None:
+    def _deliver(self, made: list[tuple[Job, int, "Piece"]], first: list[Job]) -> None:
         """Receive what the thread made, on the event loop."""
         now = time.monotonic()
         for job in first:
@@ -177,7 +196,7 @@ class Worker:
         except RuntimeError:  # it is closed: nobody waits any more
             log.debug("The server has ended before %s.", self.name)
 
-    def _work(self, load: Callable[[], Model], engine: Callable[[Model], Engine]) -> None:
+    def _work(self, load: Callable[[], "Model"], engine: Callable[["Model"], "Engine"]) -> None:
         try:
             self.model = load()
             self._engine = engine(self.model)
@@ -190,8 +209,10 @@ class Worker:
         self._made: list[tuple[Job, int, Piece]] = []
         self._first: list[Job] = []
         self._delivered = 0.0
-        while self._take_orders():
+        while True:
             try:
+                if not self._take_orders():
+                    return
                 self._step()
             except Exception as error:  # a defect of ours, or no memory: these texts are lost, the next ones need not be
                 log.exception("The engine of %s failed.", self.name)
@@ -211,13 +232,16 @@ class Worker:
                 return False
             order()
 
-    def _add(self, job: Job, requests: Sequence[Request]) -> None:
-        for index, request in enumerate(requests):
-            self._texts[self._engine.add(request)] = (job, index)
+    def _add(self, job: Job, requests: Sequence["Request"]) -> None:
+        try:
+            self._texts |= {self._engine.add(request): (job, index) for index, request in enumerate(requests)}
+        except Exception as error:
+            self._tell(self._give_up, [job], len(requests), error)
+            raise  # some may be in the engine, which has to be made anew
 
-    def _cancel(self, job: Job) -> None:
+    def _cancel(self, job: Job | None) -> None:
         for text, (of, _) in self._texts.items():
-            if of is job:
+            if job is None or of is job:
                 text.cancel()
 
     def _step(self) -> None:
