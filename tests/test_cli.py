@@ -30,7 +30,7 @@ SURFACE = {
     "--stop --strict --temperature --threads --top-k --top-p",
     "eval": "--by-position --context-length --deterministic --device --dtype --encoding --field --json --threads",
     "compare": "--json --plot",
-    "look": "--attention --copies --device --dtype --encoding --html --json --layer --neuron --neurons --surprise --text --threads",
+    "look": "--attention --copies --deterministic --device --dtype --encoding --html --json --layer --neuron --neurons --surprise --text --threads",
     "serve": "--api-key --deterministic --device --dtype --host --port --queue --rows --seconds --threads",
 }
 SMALL = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | {"steps": 4, "eval_every": 2, "dropout": 0}).items()]
