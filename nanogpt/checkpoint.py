@@ -26,6 +26,7 @@ from nanogpt.config import ModelConfig
 from nanogpt.errors import UserError
 from nanogpt.files import discard, replacing, write_text
 from nanogpt.machine import Ranks
+from nanogpt.machine.shards import load_shards, read_whole, save_shards, shapes
 from nanogpt.model import GPT
 from nanogpt.optim import Optimizer
 from nanogpt.tokenizer import Tokenizer
@@ -167,8 +168,11 @@ def save_state(run: Path, step: int, model: GPT, optimizer: Optimizer, position:
         if ranks.is_first:
             folder.mkdir()
             (folder / "position.json").write_text(json.dumps(position), encoding="utf-8")
-        _write_tensors(folder / "weights.safetensors", model.state_dict(), {}, ranks)
-        _write_tensors(folder / "optimizer.safetensors", optimizer.state_tensors(), {}, ranks)
+        if ranks.sharded:  # each process writes its part, into the folder of the first
+            save_shards(Path(ranks.of_first(str(folder))), model.state_dict() | optimizer.state_tensors())
+        else:
+            _write_tensors(folder / "weights.safetensors", model.state_dict(), {}, ranks)
+            _write_tensors(folder / "optimizer.safetensors", optimizer.state_tensors(), {}, ranks)
     if not ranks.is_first:
         return
     write_text(states / "latest", str(step))
@@ -179,11 +183,21 @@ def save_state(run: Path, step: int, model: GPT, optimizer: Optimizer, position:
 
 @torch.no_grad()
 def load_state(run: Path, model: GPT, optimizer: Optimizer, ranks: Ranks = Ranks()) -> dict[str, Any]:
-    """Fill a model and its optimiser with the latest state; give the position that was saved with it. The first process reads, however many saved it.
+    """Fill a model and its optimiser with the latest state, however many processes saved it, and in whatever parts; give the position that was saved with it.
 
-    Errors: `UserError` when a file of it is damaged.
+    Where each process holds all, the first reads and tells the others; else each reads its parts. Errors: `UserError` when a file of it is damaged.
     """
-    weights, state, position = ranks.decided(lambda: _read_state(run, model, optimizer)) or ({}, {}, {})
+    folder = run / "state" / str(ranks.of_first(latest_step(run)))
+    if ranks.sharded:
+        position, sizes = ranks.of_first(ranks.decided(lambda: _state_in_parts(folder, model)))
+        tensors = model.state_dict() | {name: optimizer.room(name, size) for name, size in sizes.items() if name not in model.state_dict()}
+        try:
+            load_shards(folder, tensors)
+        except ValueError as error:
+            raise _damaged_state(folder, error) from error
+        optimizer.load_state_tensors({name: tensors[name] for name in tensors if name not in model.state_dict()})
+        return position
+    weights, state, position = ranks.decided(lambda: _read_state(folder, model)) or ({}, {}, {})
     for name, parameter in model.state_dict().items():
         ranks.fill(parameter, weights.get(name))
     filled = {name: optimizer.room(name, shape) for name, shape in ranks.of_first({name: list(t.shape) for name, t in state.items()}).items()}
@@ -202,19 +216,40 @@ def seconds_used(run: Path) -> float:
         raise UserError(f"The state in {run.absolute()} is damaged: {error}.", "Train anew: --overwrite, or --out ANOTHER_FOLDER.") from error
 
 
-def _read_state(run: Path, model: GPT, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    folder = run / "state" / str(latest_step(run))
+def _read_state(folder: Path, model: GPT) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     try:
-        weights, state = (_read_tensors(folder / f"{name}.safetensors")[1] for name in ("weights", "optimizer"))
-        wrong = [name for name, own in model.state_dict().items() if name not in weights or own.shape != weights[name].shape]
-        wrong += [name for name in state if name.rpartition(".")[0] not in weights] + [name for name in weights if name not in model.state_dict()]
-        if wrong:
-            raise ValueError(f"its tensors are others ({', '.join(wrong[:3])})")
+        if (folder / "weights.safetensors").exists():
+            weights, state = (_read_tensors(folder / f"{name}.safetensors")[1] for name in ("weights", "optimizer"))
+        else:  # it was saved in parts
+            state = read_whole(folder)
+            weights = {name: state.pop(name) for name in model.state_dict()}
+        _require_fit({name: list(tensor.shape) for name, tensor in (weights | state).items()}, model)
         return weights, state, json.loads((folder / "position.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        why = str(error).partition("\n")[0]
-        what = f"The state in {folder.absolute()} is damaged, or does not fit config.toml: {why}."
-        raise UserError(what, "Train anew: --overwrite, or --out ANOTHER_FOLDER.") from error
+        raise _damaged_state(folder, error) from error
+
+
+def _state_in_parts(folder: Path, model: GPT) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """The position in a state, and the sizes of its tensors."""
+    try:
+        _require_fit(sizes := shapes(folder), model)
+        return json.loads((folder / "position.json").read_text(encoding="utf-8")), sizes
+    except (OSError, ValueError) as error:
+        raise _damaged_state(folder, error) from error
+
+
+def _require_fit(sizes: dict[str, list[int]], model: GPT) -> None:
+    own = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = [name for name, size in own.items() if sizes.get(name) != size]
+    wrong += [name for name in sizes if name not in own and name.rpartition(".")[0] not in own]
+    if wrong:
+        raise ValueError(f"its tensors are others ({', '.join(wrong[:3])})")
+
+
+def _damaged_state(folder: Path, error: Exception) -> UserError:
+    why = str(error).partition("\n")[0]
+    what = f"The state in {folder.absolute()} is damaged, or does not fit config.toml: {why}."
+    return UserError(what, "Train anew: --overwrite, or --out ANOTHER_FOLDER.")
 
 
 def latest_step(run: Path) -> int | None:

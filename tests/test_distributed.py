@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 
 import nanogpt
 from nanogpt import checkpoint
+from nanogpt.errors import UserError
+from nanogpt.machine import ranks
+from nanogpt.machine.shards import read_whole
 from nanogpt.report import Stepped
 
 RUN = TINY | {"batch_size": 8, "dropout": 0.1, "steps": 6, "eval_every": 3, "device": "cpu", "threads": 1, "seed": 3}
@@ -65,7 +68,8 @@ def together(size, jobs):
 
 
 def weights(run):
-    return load_file(run / "state" / str(checkpoint.latest_step(run)) / "weights.safetensors")
+    folder = run / "state" / str(checkpoint.latest_step(run))
+    return {name: tensor for name, tensor in read_whole(folder).items() if name in load_file(run / "model.safetensors")}
 
 
 def losses(run):
@@ -156,3 +160,89 @@ def test_the_pace_of_every_process_is_in_the_log(runs):
     rows = [json.loads(line) for line in (runs / "classic-adamw-None-2-ddp" / "ranks.jsonl").read_text().splitlines()]
     assert [(row["step"], len(row["seconds"])) for row in rows] == [(3, 2), (6, 2)]
     assert 0 <= rows[0]["exchange"] < 1
+
+
+def launch(rank, size, *words, **environment):
+    """One process of several, from the command line."""
+    environment = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"} | environment
+    own = os.environ | {name: str(value) for name, value in environment.items()} | {"PYTHONPATH": str(Path(nanogpt.__file__).parent.parent)}
+    command = [sys.executable, "-m", "nanogpt", "train", *map(str, words)]
+    return subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_processes_that_were_begun_differently_are_refused_before_anything_is_written(story, tmp_path):
+    port = free_port()
+    processes = [launch(rank, 2, story, "--out", tmp_path / "run", "--steps", 4 + rank, MASTER_PORT=port) for rank in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "not begun alike" in said[0]
+    assert 'steps            "4": rank 0' in said[0]
+    assert 'steps            "5": rank 1' in said[0]
+    assert "torchrun --nproc-per-node 2 -m nanogpt train" in said[0]
+    assert said[1] == ""
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """What a launcher tells one of several processes."""
+
+    def tell(rank, size, port, address="127.0.0.1"):
+        for name, value in {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": address, "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(sys, "argv", ["/usr/bin/nanogpt", "train", "book.txt", "--batch-size", "32", "--device=cuda"])
+        monkeypatch.setattr(ranks, "JOIN_SECONDS", 1.0)
+
+    return tell
+
+
+def test_a_batch_that_cannot_be_shared_names_one_that_can(in_process):
+    in_process(0, 3, 1)
+    with pytest.raises(UserError) as refused:
+        ranks.Ranks(0, 3, backend="gloo").rows(32)
+    assert "32 windows cannot be shared evenly by 3 processes (ranks 0 to 2, gloo)" in str(refused.value)
+    assert "torchrun --nproc-per-node 3 -m nanogpt train book.txt --device=cuda --batch-size 33" in str(refused.value)
+    assert "torchrun --nproc-per-node 2 -m nanogpt train book.txt --batch-size 32" in str(refused.value)
+    with pytest.raises(SystemExit):
+        ranks.Ranks(1, 3, backend="gloo").rows(32)
+    assert ranks.Ranks(2, 4).rows(32) == range(16, 24)
+
+
+def test_a_port_that_is_taken_is_said(in_process):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        in_process(0, 2, port)
+        with pytest.raises(UserError, match=rf"Rank 0 of 2 \(gloo\) cannot listen at 127.0.0.1:{port}: the port is taken.\n.*--master-port {port + 1} "):
+            ranks.join("cpu")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "no-such-host.invalid"])
+def test_an_address_where_nobody_is_is_said(in_process, address):
+    port = free_port()
+    in_process(1, 2, port, address)
+    with pytest.raises(UserError, match=rf"Rank 1 of 2 \(gloo\) did not reach the others at {address}:{port} .*\n.*--rdzv-endpoint HOST:PORT -m nanogpt train"):
+        ranks.join("cpu")
+
+
+def test_a_process_that_waits_in_vain_says_so(in_process):
+    in_process(0, 2, free_port())
+    with pytest.raises(UserError, match=r"Rank 0 of 2 \(gloo\) did not reach the others"):
+        ranks.join("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs")
+def test_nccl_without_gpus_is_said(in_process):
+    in_process(0, 2, 1)
+    with pytest.raises(UserError, match=r"2 processes \(ranks 0 to 1, NCCL\).*sees none") as refused:
+        ranks.join("cuda")
+    assert "torchrun --nproc-per-node 2 -m nanogpt train book.txt --batch-size 32 --device cpu" in str(refused.value)
+
+
+def test_one_process_is_alone(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    alone = ranks.join("cpu")
+    assert alone == ranks.Ranks()
+    assert (alone.sum(1.5, 2), alone.any(True, False), alone.of_first({"a": 1}), alone.of_all(3)) == ([1.5, 2], [True, False], {"a": 1}, [3])
+    assert alone.rows(5) == range(5)

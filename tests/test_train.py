@@ -685,7 +685,8 @@ def test_prepared_text_that_is_gone_is_made_again(story, tmp_path):
 def test_targets_are_counted_before_they_leave_the_processor(make_model):
     text = SimpleNamespace(train=np.arange(8, dtype=np.uint8), windows=data.Documents(np.array([3, 8]), 8))
     settings = SimpleNamespace(batch_size=2, seed=1)
-    run = SimpleNamespace(settings=settings, text=text, model=make_model(), machine=SimpleNamespace(send=lambda tensor: tensor.to("meta")))
+    place = SimpleNamespace(send=lambda tensor: tensor.to("meta"))
+    run = SimpleNamespace(settings=settings, text=text, model=make_model(), machine=place, rows=range(2), ranks=machine.Ranks())
     x, y, _, count = trainer.Trainer.batch(run, 0)
     assert (x.device.type, y.shape, count) == ("meta", (2, 8), 2 + 4)  # meta tensors cannot be counted
 

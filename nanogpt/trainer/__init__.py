@@ -19,16 +19,18 @@ import torch
 from torch import Tensor
 
 from nanogpt import checkpoint, data, generate, machine
-from nanogpt.config import Config, SamplingConfig, TrainingConfig, read_toml, resolve, to_toml
+from nanogpt.config import SamplingConfig, TrainingConfig, read_toml, resolve, to_toml
 from nanogpt.errors import Notice, UserError
 from nanogpt.evaluate import Loss, Point, evaluate, verdict
 from nanogpt.files import write_text
 from nanogpt.machine import Machine, Ranks, memory_for
 from nanogpt.model import GPT
 from nanogpt.optim import Optimizer, schedule
-from nanogpt.plan import PRECISION, fit
 from nanogpt.prepare import Prepared
 from nanogpt.report import Began, Evaluated, Event, Finished, Interrupted, Paced, Sampled, Saved, Saving, Stepped
+from nanogpt.trainer.building import build, fitted
+
+__all__ = ["Position", "Trainer", "build", "fitted"]
 
 SAVE_SECONDS = 300.0  # at most so long between two saves, also where evaluations are further apart
 LONGEST_WARMUP = 0.1  # of the run: a shorter run than the settings had in mind is not to end before its rate has risen
@@ -36,8 +38,8 @@ ROOM = 1.4  # what a run by the clock keeps for its end, as a multiple of what t
 LEAVING, COMPILER_LEAVING = 0.9, 1.1  # and seconds for a process to begin and to end; more where the compiler's helpers have to end too
 SAMPLE = SamplingConfig(max_tokens=200)
 EVALUATION_SHARE, EVALUATIONS_SHARE = 0.02, 0.04  # of the run's arithmetic may go into one evaluation, and into all,
-STRAGGLING = 1.5  # times the usual time of a process for its part of a step: it holds up all others
 FEWEST_TOKENS = 8192  # except that fewer tokens tell nothing
+STRAGGLING = 1.5  # times the usual time of a process for its part of a step: it holds up all others
 
 
 @dataclass
@@ -64,52 +66,6 @@ class Position:
     def best(self) -> Point | None:
         """The evaluation with the lowest validation loss; None before the first."""
         return min(self.history, key=lambda point: point.val_loss, default=None)
-
-
-def fitted(settled: Config, vocab_size: int, place: Machine, ranks: Ranks = Ranks()) -> tuple[Config, float, float | None]:
-    """The settings, with as many windows computed at once as memory suffices for; the bytes that a step will take, and those that are free, in each process.
-
-    Errors: `UserError` where not even one fits by far: a system may kill the process, and others, without a word.
-    """
-    free, half, fused = machine.free_memory(place.device), place.dtype != torch.float32, place.attention == "fused"
-    if free is not None and place.device.type == "cpu":  # where the processes of a machine share it
-        free /= ranks.local_size
-    training, parts = fit(
-        settled.model, settled.training, vocab_size, len(ranks.rows(settled.training.batch_size)), free,
-        half=half, fused=fused, ranks=ranks.size, parallel=settled.machine.parallel,
-    )  # fmt: skip
-    needed, rows = sum(parts.values()), training.micro_batch_size
-    if free is not None and needed > PRECISION * free:
-        lower = "--micro-batch-size" if rows != 1 else "--batch-size" if parts["batch"] > needed / 2 else "--context-length, --n-embd or --n-layer"
-        raise UserError(
-            f"There is not enough memory to train this model, even with {'one window' if rows == 1 else f'{rows:,} windows'} of "
-            f"{settled.model.context_length:,} tokens at a time: it takes about {needed / 1e9:,.2g} GB, and {free / 1e9:,.2g} GB are free.",
-            f"Lower {lower}; `nanogpt plan` tells what each would take.",
-        )
-    return settled.model_copy(update={"training": training}), needed, free
-
-
-@torch.no_grad()
-def build(settled: Config, vocab_size: int, place: Machine, ranks: Ranks = Ranks()) -> tuple[GPT, Optimizer]:
-    """A model with its initial weights, which are the same on every device and in any number of processes, and its optimiser."""
-    generator = torch.Generator().manual_seed(settled.training.seed)
-    if ranks.sharded:
-        with torch.device("meta"):
-            model = GPT(settled.model, vocab_size)
-        machine.shard(model, ("nats", "next_logits"))
-        model.to_empty(device=place.device)
-        for name, parameter in model.named_parameters():  # of which one at a time is whole
-            whole = torch.empty(parameter.shape)
-            model.init_weight(name, whole, generator)
-            ranks.fill(parameter, whole)
-    else:
-        model = checkpoint.empty_model(settled.model, vocab_size, "cpu")
-        model.init_weights(generator)
-        model.to(place.device)
-    model.fuse_attention(place.attention == "fused")
-    model.checkpoint_activations(bool(settled.training.checkpoint_activations))
-    divided = {"divided": machine.Division(ranks)} if ranks.size > 1 else {}
-    return model, Optimizer(model, settled.training, model.matrices(), place.dtype, **divided)
 
 
 class Trainer:
