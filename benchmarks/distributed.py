@@ -1,6 +1,6 @@
 """How much of a machine's speed is left when its cores are shared by processes of one thread each instead of threads of one process, on the seed recipe.
 
-Both sides run in turn, some rounds long, with the same precision, attention and no compiler; shown are medians of the steps' tokens/s over the rounds with their
+Both sides run in turn, some rounds long, with the same precision, attention and no compiler; shown are medians of tokens/s over the rounds with their
 extremes, the ratio of the medians, and what share of forward and backward it takes to add up the gradients:
 
     python benchmarks/distributed.py [--text python-docs] [--processes 2] [--rounds 3] [--steps 8] [--parallel ddp] [--dtype float32]

@@ -172,9 +172,10 @@ def show(name: str, seconds: list[float], sides: dict[str, list[float]], tokens_
     print(f"{name:30} {statistics.median(paces):9,.1f} tokens/s ({paces[0]:,.1f} to {paces[-1]:,.1f}){ratios}", flush=True)
 
 
-def int8_cost(path: Path, place: Machine) -> None:
-    """Bits per byte of a trained model on its validation split, as it is and with weights in int8."""
-    exact, rounded = (library.load(path, device="cpu", dtype=dtype, threads=place.threads).evaluate().bits_per_byte for dtype in ("float32", "int8"))
+def int8_cost(path: Path, text: str, place: Machine) -> None:
+    """Bits per byte of a trained model, as it is and with weights in int8: on its run's validation split, or without a run on the text."""
+    of = () if (path / "text.json").is_file() else (text,)
+    exact, rounded = (library.load(path, device="cpu", dtype=dtype, threads=place.threads).evaluate(*of).bits_per_byte for dtype in ("float32", "int8"))
     print(f"int8 weights: {rounded:.5f} bits per byte, {exact:.5f} in float32: {rounded / exact - 1:+.3%}")
 
 
@@ -227,7 +228,7 @@ def main(*, text: str = "shakespeare", model: Path | None = None, tokens: int = 
         times = sorted(1e3 * one for one in sides[f"wait {name}"])
         print(f"first token after {LATENCY_PROMPT}, {name:12} {statistics.median(times):6.1f} ms ({times[0]:.1f} to {times[-1]:.1f})")
     if model is not None:
-        int8_cost(model, place)
+        int8_cost(model, text, place)
 
 
 if __name__ == "__main__":

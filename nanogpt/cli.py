@@ -126,6 +126,8 @@ def sample(
     if prompt_file is not None:
         prompt = _read_prompt(prompt_file, encoding)
     loaded = library.load(model, **machine.model_dump(exclude_unset=True))
+    if loaded.remark and sys.stderr.isatty():
+        print(f"nanogpt: {loaded.remark}", file=sys.stderr)
     if prompt is None and not as_json and sys.stdin.isatty() and sys.stdout.isatty():
         return texts.converse(loaded, n, seed, strict, sampling)
     _end_quietly_with_the_reader()

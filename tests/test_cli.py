@@ -282,7 +282,7 @@ LLAMA_SIZED = ["--arch", "modern", "--n-layer", 80, "--n-head", 64, "--n-kv-head
 
 
 def test_plan_for_seventy_billion_parameters_and_ten_terabytes(capsys):
-    where = ["--gpu", "h100", "--nodes", 8, "--gpus-per-node", 8, "--batch-size", 512, "--price", 2, "--tokenizer", "bpe", "--text-bytes", 10**13]
+    where = ["--gpu", "h100", "--nodes", 8, "--gpus-per-node", 8, "--batch-size", 64, "--price", 2, "--tokenizer", "bpe", "--text-bytes", 10**13]
     assert run("plan", *LLAMA_SIZED, *where, "--parallel", "fsdp", "--json") == 0
     made = json.loads(capsys.readouterr().out)
     assert (made["total_parameters"], made["fits"], made["remedy"], made["corpus"]["shards"]) == (70_251_904_512, True, None, 4096)

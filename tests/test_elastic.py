@@ -19,14 +19,14 @@ import nanogpt
 from nanogpt import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="torchrun and signals are those of Unix")]
-SETTINGS = TINY | {"dropout": 0.1, "eval_every": 20, "device": "cpu", "threads": 1, "seed": 3}
-KILLS = 20
+SETTINGS = TINY | {"dropout": 0.1, "eval_every": 10, "device": "cpu", "threads": 1, "seed": 3}
+KILLS, STEPS = 20, 600
 DISK_FULL = """
 import errno, sys
 from nanogpt import checkpoint, cli
 write = checkpoint.save_state
 def full(run, step, *rest):
-    if step == 40 and rest[-1].rank == {rank}:
+    if step == 20 and rest[-1].rank == {rank}:
         raise OSError(errno.ENOSPC, "No space left on device")
     write(run, step, *rest)
 checkpoint.save_state = full
@@ -76,19 +76,19 @@ def same(run, other):
 
 @pytest.fixture
 def undisturbed(story, tmp_path):
-    finished(torchrun(story, "--out", tmp_path / "undisturbed", *flags(steps=1200)))
+    finished(torchrun(story, "--out", tmp_path / "undisturbed", *flags(steps=STEPS)))
     return tmp_path / "undisturbed"
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists the children of a process")
 def test_twenty_killed_workers_change_nothing(story, tmp_path, undisturbed):
     chance, run = random.Random(1), tmp_path / "run"
-    process = torchrun(story, "--out", run, *flags(steps=1200), restarts=KILLS)
+    process = torchrun(story, "--out", run, *flags(steps=STEPS), restarts=KILLS)
     kills, then = 0, 10
     while process.poll() is None and kills < KILLS:
         if last_step(run) >= then and len(pids := workers(process)) == 2:
             os.kill(chance.choice(pids), signal.SIGKILL)
-            kills, then = kills + 1, last_step(run) + chance.randrange(1, 50)
+            kills, then = kills + 1, last_step(run) + chance.randrange(1, 40)
             time.sleep(1)
         time.sleep(0.002)
     finished(process)
@@ -98,7 +98,7 @@ def test_twenty_killed_workers_change_nothing(story, tmp_path, undisturbed):
 
 def test_a_worker_killed_while_it_saves_changes_nothing(story, tmp_path, undisturbed):
     run = tmp_path / "run"
-    process = torchrun(story, "--out", run, *flags(steps=1200), restarts=3)
+    process = torchrun(story, "--out", run, *flags(steps=STEPS), restarts=3)
     kills = 0
     while process.poll() is None and kills < 3:
         if list((run / "state").glob(".*.unfinished")) and len(pids := workers(process)) == 2:
@@ -112,7 +112,7 @@ def test_a_worker_killed_while_it_saves_changes_nothing(story, tmp_path, undistu
 
 def test_sigterm_to_torchrun_saves_and_the_same_command_goes_on(story, tmp_path, undisturbed):
     run = tmp_path / "run"
-    process = torchrun(story, "--out", run, *flags(steps=1200))
+    process = torchrun(story, "--out", run, *flags(steps=STEPS))
     while last_step(run) < 33:
         time.sleep(0.01)
         assert process.poll() is None
@@ -127,12 +127,12 @@ def test_sigterm_to_torchrun_saves_and_the_same_command_goes_on(story, tmp_path,
 def test_a_full_disk_ends_all_and_the_last_save_stays(story, tmp_path, rank, undisturbed):
     run, script = tmp_path / "run", tmp_path / "full.py"
     script.write_text(DISK_FULL.format(rank=rank))
-    process = torchrun(story, "--out", run, *flags(steps=1200), program=(script,))
+    process = torchrun(story, "--out", run, *flags(steps=STEPS), program=(script,))
     said = process.communicate(timeout=300)[0]
     assert process.returncode != 0
     assert "No space left" in said
     assert "has lost the others" in said
-    assert checkpoint.latest_step(run) == 20
+    assert checkpoint.latest_step(run) == 10
     finished(torchrun("--resume", "--out", run))
     same(run, undisturbed)
 

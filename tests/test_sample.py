@@ -121,6 +121,17 @@ def test_an_evaluation_in_int8_is_of_the_rounded_weights(file, tmp_path):
     assert losses["int8"] == pytest.approx(losses["float32"], rel=0.02)
 
 
+def test_what_slows_writing_is_remarked(model, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert "Compiling" in model.remark
+    (tmp_path / "new" / "nanogpt" / "numba" / "some").mkdir(parents=True)
+    (tmp_path / "new" / "nanogpt" / "numba" / "some" / "kernel.nbi").touch()
+    assert model.remark is None
+    without_numba(monkeypatch)
+    assert "nanogpt[fast]" in model.remark
+
+
 def test_rows_are_as_many_as_memory_holds(model, place, monkeypatch):
     monkeypatch.setattr(decoder, "free_memory", lambda device: 2 * 5.5 * 2 * 2 * 32 * 16 * 4)
     assert [decoder.open_decoder(model._model, place, "float32", rows).rows for rows in (1, 5, 6, 64)] == [1, 5, 5, 5]

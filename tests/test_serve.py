@@ -22,7 +22,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-import nanogpt
 from nanogpt import checkpoint, library, serve
 from nanogpt.config import ModelConfig, PlaceConfig, ServeConfig
 from nanogpt.errors import UserError
@@ -87,8 +86,10 @@ class Server:
 
 
 @contextmanager
-def serving(path, *words, env=None):
-    command = [sys.executable, "-m", "nanogpt", "serve", str(path), "--port", "0", *HERE, *map(str, words)]
+def serving(path, *words, env=None, before=""):
+    """`nanogpt serve` in a process of its own; Python may be told something before."""
+    code = f"import nanogpt.serve; from nanogpt.cli import main\n{before}\nmain()"
+    command = [sys.executable, "-c", code, "serve", str(path), "--port", "0", *HERE, *map(str, words)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | (env or {}))
     try:
         while not (address := re.fullmatch(r"Page +(http://\S+)/\n", line := process.stdout.readline())):
@@ -466,8 +467,8 @@ def test_memory_stays_flat(server):
 
 
 def test_a_signal_lets_it_finish_and_a_key_is_asked_for(runs):
-    """One model is loaded before the address is told; the text under way is finished, and the exit code is 0."""
-    with serving(runs / "a", env={"NANOGPT_API_KEY": "a-secret-key"}) as server:
+    """What is under way is finished, what would take too long ends where it is, and the exit code is 0."""
+    with serving(runs / "a", env={"NANOGPT_API_KEY": "a-secret-key"}, before="nanogpt.serve.GRACE = 4") as server:
         assert server.ask("GET", "/healthz")[0] == 200
         for path in ("/v1/models", "/metrics", "/", "/openapi.json"):
             assert server.ask("GET", path)[0] == 401
@@ -477,12 +478,14 @@ def test_a_signal_lets_it_finish_and_a_key_is_asked_for(runs):
         with pytest.raises(openai.AuthenticationError):
             server.client().models.list()
         client = server.client(api_key="a-secret-key")
-        stream = iter(client.completions.create(model="a", prompt="the ", max_tokens=700, stream=True))
-        chunks = [next(stream)]
+        ask = {"model": "a", "prompt": "the ", "stream": True, "stream_options": {"include_usage": True}}
+        streams = [client.completions.create(max_tokens=most, **ask) for most in (200, 5 * LONG)]
         server.process.send_signal(signal.SIGTERM)
-        chunks += stream
-        assert chunks[-1].choices[0].finish_reason == "length"
-        assert server.process.wait(20) == 0
+        short, long = (list(stream)[-2:] for stream in streams)
+        assert [end.choices[0].finish_reason for end, _ in (short, long)] == ["length"] * 2
+        assert short[1].usage.completion_tokens == 200 < long[1].usage.completion_tokens < 5 * LONG
+        assert server.process.wait(60) == 0
+        assert "Traceback" not in server.process.stdout.read()
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
 
@@ -565,11 +568,8 @@ def test_a_model_that_training_replaced_is_loaded_anew(inside, tmp_path):
         first = client.post("/v1/completions", json=ask).json()["choices"][0]["text"]
         assert models.names == ["run"]
         make_run(tmp_path / "run", 1)
-        assert (
-            client.post("/v1/completions", json=ask).json()["choices"][0]["text"]
-            == own(nanogpt.load(tmp_path / "run", **PLACE.model_dump()), "the ", seed=1)
-            != first
-        )
+        new = own(nanogpt.load(tmp_path / "run", **PLACE.model_dump()), "the ", seed=1)
+        assert client.post("/v1/completions", json=ask).json()["choices"][0]["text"] == new != first
 
 
 def test_a_damaged_model_is_told_of_and_may_be_mended(inside, tmp_path):
@@ -601,12 +601,13 @@ def test_models_that_take_each_other_s_place_lose_no_request(inside, monkeypatch
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_failure_of_the_engine_is_a_500_and_passes(inside, monkeypatch, stream):
+@pytest.mark.parametrize("method", ["add", "step"])
+def test_a_failure_of_the_engine_is_a_500_and_passes(inside, monkeypatch, method, stream):
     with inside() as (client, models):
         ask = {"model": "a", "prompt": "the ", "seed": 1, "max_tokens": 4}
         good = client.post("/v1/completions", json=ask).json()["choices"]
         worker = models.workers[0]
-        monkeypatch.setattr(worker._engine, "step", lambda: 1 / 0)
+        monkeypatch.setattr(worker._engine, method, lambda *_: 1 / 0)
         answer = client.post("/v1/completions", json=ask | {"stream": stream})
         assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
         assert worker.open == 0

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanogpt.files import cache_dir
 from nanogpt.generate.quantize import Precision
 from nanogpt.machine import Machine, free_memory
 from nanogpt.model import GPT, KVCache
@@ -111,8 +112,21 @@ def open_decoder(model: GPT, machine: Machine, dtype: str = "auto", rows: int = 
     row = 2 * c.n_layer * c.context_length * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * 4  # bytes
     free = free_memory(machine.device)
     rows = rows if free is None else min(rows, max(1, int(free / 2 / row)))
-    if machine.device.type == "cpu" and importlib.util.find_spec("numba"):
+    if machine.device.type == "cpu" and _has_numba():
         from nanogpt.generate.fast import FastDecoder
 
         return FastDecoder(model, cast(Precision, "int8" if dtype == "auto" else dtype), rows, machine.threads)
     return TorchDecoder(bare(model), machine.for_single_rows() if dtype == "auto" else machine, rows, machine.deterministic)
+
+
+def remark(machine: Machine) -> str | None:
+    """What a person should know of the decoder that `open_decoder` gives: that its first token takes long, or what would make it faster."""
+    if machine.device.type != "cpu":
+        return None
+    if not _has_numba():
+        return "It would write several times as fast with Numba: pip install 'nanogpt[fast]'"
+    return None if any((cache_dir() / "numba").rglob("*.nbi")) else "Compiling for this processor, which is kept for the next time: about 20 seconds."
+
+
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None

@@ -98,6 +98,11 @@ class Model:
         """An engine for up to `rows` texts at a time, which join and leave as they come."""
         return generate.Engine(self._decoder(rows), self.tokenizer, self.summary["unused"])
 
+    @property
+    def remark(self) -> str | None:
+        """What a person should know of the pace at which it writes, if anything."""
+        return generate.remark(self._machine)
+
     def _decoder(self, rows: int) -> generate.Decoder:
         return generate.open_decoder(self._model, self._machine, self._dtype, rows)
 
@@ -233,7 +238,8 @@ def load(path: str | os.PathLike[str], **settings: Any) -> Model:
     Errors: `UserError` for a path that holds no model, a damaged file, a pickle, or a device that is not there.
     """
     if wrong := [name for name in settings if name not in PlaceConfig.model_fields]:
-        raise UserError(f"A model that is loaded keeps its settings: {', '.join(wrong)} cannot be given.", f"load takes {', '.join(PlaceConfig.model_fields)}.")
+        takes = ", ".join(PlaceConfig.model_fields)
+        raise UserError(f"A model that is loaded keeps its settings: {', '.join(wrong)} cannot be given.", f"load takes {takes}.")
     dtype = settings.get("dtype", "auto")
     place = machine.choose(resolve(settings | {"dtype": "float32" if dtype == "int8" else dtype}).machine)
     parts = checkpoint.load(os.fspath(path), place.device)

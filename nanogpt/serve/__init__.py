@@ -35,6 +35,7 @@ from nanogpt.serve.models import Models
 
 CONNECTIONS = 1000  # at a time
 GRACE = 30  # seconds in which what is under way may finish at the end
+LEAVING = 5  # seconds more for clients to take it
 
 
 def create_app(models: Models, runs: Path | None = None) -> FastAPI:
@@ -70,18 +71,33 @@ def run(models: Models, runs: Path | None = None, on_ready: Callable[[str], None
     sock = _listen(settings, models.path)
     app = create_app(models, runs)
     config = uvicorn.Config(
-        app, log_level=logging.WARNING, access_log=False, server_header=False, ws="none", limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=GRACE
-    )
+        app, log_level=logging.WARNING, access_log=False, server_header=False, ws="none", limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=GRACE + LEAVING,
+    )  # fmt: skip
 
     async def serve() -> None:
         if models.only is not None:
             await models.open(models.only)
         on_ready(_url(settings.host, sock.getsockname()[1]))
         with _signals_end_well():
-            await uvicorn.Server(config).serve(sockets=[sock])
+            await _Server(config, models).serve(sockets=[sock])
 
     with sock:
         asyncio.run(serve())
+
+
+class _Server(uvicorn.Server):
+    """One whose texts end where they are, if they take longer than `GRACE` once it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, models: Models):
+        super().__init__(config)
+        self.models = models
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more requests, and return when the last is answered."""
+        timer = asyncio.get_running_loop().call_later(GRACE, self.models.cut_short)
+        await super().shutdown(sockets)
+        timer.cancel()
 
 
 def _listen(settings: ServeConfig, path: Path) -> socket.socket:

@@ -77,6 +77,11 @@ class Models:
             raise
         return worker
 
+    def cut_short(self) -> None:
+        """Have all texts end where they are."""
+        for worker in self.workers:
+            worker.cancel(None)
+
     async def close(self) -> None:
         """End all workers."""
         for worker in self.workers:

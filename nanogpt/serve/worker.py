@@ -53,7 +53,7 @@ class Job:
 
     async def pieces(self) -> AsyncIterator[Made]:
         """All pieces, some at a time where they are `streamed`, and else all at once when the last text has ended."""
-        while self.unfinished or self._made:
+        while self.unfinished or self._made or self._error:
             await self._news.wait()
             self._news.clear()
             if self._error:
@@ -117,8 +117,8 @@ class Worker:
         """What to tell who finds no place: when the line should have moved by a row of texts."""
         return Busy(self._text_seconds * max(1.0, self.waiting / self.rows))
 
-    def cancel(self, job: Job) -> None:
-        """See `Job.cancel`."""
+    def cancel(self, job: Job | None) -> None:
+        """Give up what is unfinished of a job, or of all."""
         self._inbox.put(lambda: self._cancel(job))
 
     async def call(self, function: Callable[["Model"], T]) -> T:
@@ -209,8 +209,10 @@ class Worker:
         self._made: list[tuple[Job, int, Piece]] = []
         self._first: list[Job] = []
         self._delivered = 0.0
-        while self._take_orders():
+        while True:
             try:
+                if not self._take_orders():
+                    return
                 self._step()
             except Exception as error:  # a defect of ours, or no memory: these texts are lost, the next ones need not be
                 log.exception("The engine of %s failed.", self.name)
@@ -231,12 +233,15 @@ class Worker:
             order()
 
     def _add(self, job: Job, requests: Sequence["Request"]) -> None:
-        for index, request in enumerate(requests):
-            self._texts[self._engine.add(request)] = (job, index)
+        try:
+            self._texts |= {self._engine.add(request): (job, index) for index, request in enumerate(requests)}
+        except Exception as error:
+            self._tell(self._give_up, [job], len(requests), error)
+            raise  # some may be in the engine, which has to be made anew
 
-    def _cancel(self, job: Job) -> None:
+    def _cancel(self, job: Job | None) -> None:
         for text, (of, _) in self._texts.items():
-            if of is job:
+            if job is None or of is job:
                 text.cancel()
 
     def _step(self) -> None:
