@@ -17,7 +17,7 @@ from nanogpt.generate.decoder import TorchDecoder
 from nanogpt.generate.quantize import dequantized, head_matrix, rounded
 
 pytest.importorskip("numba")
-from nanogpt.generate import kernels
+from nanogpt.generate import fast, kernels
 from nanogpt.generate.fast import FastDecoder
 
 
@@ -114,10 +114,11 @@ def test_the_dequantized_model_is_a_copy(make_model):
 
 
 def test_several_threads_give_what_one_does(make_model):
-    model = make_model(n_embd=160, arch="modern", context_length=20, scale=1.0)
+    model = make_model(n_embd=384, arch="modern", context_length=20, scale=1.0)
     ids = some_ids(model, 20)
-    one, two = (write(FastDecoder(model, "int8", threads=threads), 0, ids[:12], ids[12:]) for threads in (1, 2))
-    assert np.array_equal(one, two)
+    one, two = (FastDecoder(model, "int8", threads=threads) for threads in (1, 2))
+    assert two.threads == 1 or two._stage > fast.WORTH_SHARING  # so that they are used
+    assert np.array_equal(write(one, 0, ids[:12], ids[12:]), write(two, 0, ids[:12], ids[12:]))
 
 
 def test_misuse_is_noticed(make_model):
@@ -170,7 +171,7 @@ def test_without_numba_it_says_how_to_get_it():
 def test_what_was_compiled_is_found_again_by_the_next_process(tmp_path):
     first, second = (output_of(ELSEWHERE, XDG_CACHE_HOME=str(tmp_path)) for _ in range(2))
     assert (first.strip(), second.strip()) == ("0", "1")  # and other users of Numba keep their own cache
-    assert any((Path(tmp_path) / "nanogpt" / "numba").rglob("*.nbc"))
+    assert any(Path(tmp_path).rglob("nanogpt/numba-*/**/*.nbc"))
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="the superuser may write everywhere")

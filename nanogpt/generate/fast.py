@@ -7,6 +7,7 @@ A text comes out the same, bit for bit, whatever the other rows hold and whether
 
 import threading
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 
 from nanogpt.errors import UserError
 from nanogpt.generate.quantize import Precision, head_matrix, rounded
-from nanogpt.model import EPSILON, GPT, turns
+from nanogpt.model import EPSILON, GPT, Block, turns
 
 try:
     from nanogpt.generate import kernels
 except ModuleNotFoundError as error:
     raise UserError(f"The fast way to write text needs {error.name}, which is not installed.", "Install it: pip install 'nanogpt[fast]'") from error
 
+WORTH_SHARING = 100_000  # multiply-adds in a stage: sharing them among threads takes 2 us (measured, two cores), in which one thread does half of them
 AT_ONCE = 256  # tokens of a prompt: what goes from layer to layer stays in the processor's cache
 
 
@@ -37,9 +39,10 @@ class FastDecoder:
         self.lengths = np.zeros(rows, np.int64)
         kv_heads, D = config.n_kv_head or config.n_head, config.n_embd // config.n_head
         window = min(config.window or config.context_length, config.context_length)
-        epsilon = np.float32(EPSILON if config.arch == "modern" else model.ln_f.eps)
+        epsilon = np.float32(EPSILON if config.arch == "modern" else cast(nn.LayerNorm, model.ln_f).eps)
         self._shape = kernels.Shape(config.arch == "modern", config.n_head, kv_heads, D, window, epsilon)
         self._weights = packed(model, precision)
+        self._stage = sum(getattr(self._weights, name).size for name in kernels.MATRICES) / (5 * config.n_layer + 1)  # multiply-adds in one, for a token
         S = -(-config.context_length // P) * P
         self._keys = np.zeros((config.n_layer, rows, kv_heads, S // P, D, P), np.float32)
         self._values = np.zeros((config.n_layer, rows, kv_heads, -(-D // P), S, P), np.float32)
@@ -62,21 +65,21 @@ class FastDecoder:
         texts = kernels.Texts(places, starts, self.lengths[places])
         self.lengths[places] += np.diff(starts)
         assert self.lengths[places].max() <= self.context_length, "more tokens than the context holds"
-        assert 0 <= tokens.min() and tokens.max() < self.vocab_size, "no token of this model"
-        inputs = self._shape, self._weights, self._keys, self._values, texts, tokens, self.threads
-        if self.threads == 1:
-            return kernels.read(*inputs)[:, : self.vocab_size]
+        assert ((tokens >= 0) & (tokens < self.vocab_size)).all(), "no token of this model"
+        inputs = self._shape, self._weights, self._keys, self._values, texts, tokens
+        if self.threads == 1 or len(tokens) * self._stage < WORTH_SHARING:
+            return kernels.read(*inputs, 1)[:, : self.vocab_size]
         with self._together:
             kernels.use_threads(self.threads)
-            return kernels.read(*inputs)[:, : self.vocab_size]
+            return kernels.read(*inputs, self.threads)[:, : self.vocab_size]
 
 
 @torch.no_grad()
 def packed(model: GPT, precision: Precision) -> kernels.Weights:
     """The model's weights, the matrices rounded and in panels, in the order in which they are read."""
-    config, blocks = model.config, list(model.blocks)
+    config, blocks = model.config, cast(list[Block], list(model.blocks))
     C, D = config.n_embd, config.n_embd // config.n_head
-    norms = [norm for block in blocks for norm in (block.ln_1, block.ln_2)] + [model.ln_f]
+    norms: list[Any] = [norm for block in blocks for norm in (block.ln_1, block.ln_2)] + [model.ln_f]
     head = rounded(head_matrix(model), precision)
     if config.arch == "modern":
         embedding, positions = F.rms_norm(model.wte.weight, (C,), eps=EPSILON), torch.zeros(config.context_length, C)
@@ -85,7 +88,7 @@ def packed(model: GPT, precision: Precision) -> kernels.Weights:
     else:
         embedding, positions = head[0].float() * head[1][:, None], model.wpe.weight
         turn, head_norms = torch.zeros(2, 0, 0), torch.zeros(len(blocks), 2, D)
-    tensors = dict(embedding=embedding, positions=positions, turn=turn, head_norms=head_norms)
+    tensors = {"embedding": embedding, "positions": positions, "turn": turn, "head_norms": head_norms}
     tensors["norms"] = torch.stack([torch.stack([norm.weight, torch.zeros(C) if config.arch == "modern" else norm.bias]) for norm in norms])
     layers: dict[str, list[nn.Linear]] = {"qkv": [], "proj": [], "fc": [], "mlp_proj": []}
     for block in blocks:
