@@ -163,6 +163,7 @@ class Ranks:
         """Say in words, and only once for all that follows from it, that another process is gone; at the end take leave."""
         try:
             yield
+            self.sum(0)  # who leaves while others still read what it sent would break them off
         except RuntimeError as error:
             if self.size == 1 or not (isinstance(error, dist.DistError) or any(sign in str(error) for sign in LOST)):
                 raise
