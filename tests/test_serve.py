@@ -568,7 +568,7 @@ def test_a_model_that_training_replaced_is_loaded_anew(inside, tmp_path):
         first = client.post("/v1/completions", json=ask).json()["choices"][0]["text"]
         assert models.names == ["run"]
         make_run(tmp_path / "run", 1)
-        new = own(nanogpt.load(tmp_path / "run", **PLACE.model_dump()), "the ", seed=1)
+        new = own(library.load(tmp_path / "run", **PLACE.model_dump()), "the ", seed=1)
         assert client.post("/v1/completions", json=ask).json()["choices"][0]["text"] == new != first
 
 
