@@ -125,7 +125,7 @@ def remark(machine: Machine) -> str | None:
         return None
     if not _has_numba():
         return "It would write several times as fast with Numba: pip install 'nanogpt[fast]'"
-    return None if any((cache_dir() / "numba").rglob("*.nbi")) else "Compiling for this processor, which is kept for the next time: about 20 seconds."
+    return None if any(cache_dir().glob("numba-*/**/*.nbi")) else "Compiling for this processor, which is kept for the next time: about 20 seconds."
 
 
 def _has_numba() -> bool:

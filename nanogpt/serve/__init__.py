@@ -16,8 +16,6 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import uvicorn
@@ -29,7 +27,7 @@ from starlette.responses import Response
 import nanogpt
 from nanogpt.config import ServeConfig
 from nanogpt.errors import UserError
-from nanogpt.serve import api, wire
+from nanogpt.serve import api, page, wire
 from nanogpt.serve.guard import Guard, is_loopback
 from nanogpt.serve.models import Models
 
@@ -49,8 +47,7 @@ def create_app(models: Models, runs: Path | None = None) -> FastAPI:
     app = FastAPI(title="nanogpt", version=nanogpt.__version__, docs_url=None, redoc_url=None, lifespan=life)
     app.state.models, app.state.runs = models, runs
     app.include_router(api.router)
-    if find_spec("nanogpt.serve.page"):
-        app.include_router(import_module("nanogpt.serve.page").router)
+    app.include_router(page.router)
     settings = models.settings
     app.add_middleware(Guard, loopback=is_loopback(settings.host), api_key=settings.api_key, seconds=settings.seconds, metrics=models.metrics)
     for kind in (HTTPException, RequestValidationError, UserError, Exception):
