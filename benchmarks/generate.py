@@ -1,4 +1,5 @@
-"""The speed of writing text, against others on the same machine in the same run; each kind in turn, some rounds long, medians with their extremes.
+"""The speed of writing text, against others on the same machine in the same run; each kind in a process of its own, all in
+turn, some rounds long, medians with their extremes.
 
 All have the seed's shape (6 layers, 6 heads, 384 wide, context 256), with random weights, which are as fast as trained ones; with --model the
 shape and weights of a model file, which also tells what int8 costs in bits per byte. The others are skipped where they are not installed: transformers
@@ -9,10 +10,12 @@ shape and weights of a model file, which also tells what int8 costs in bits per 
 
 import importlib.util
 import math
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,9 @@ from nanogpt.tokenizer import train_tokenizer
 
 app = App(help=__doc__)
 PROMPT, STREAMS, LATENCY_PROMPT = 20, 64, 200  # tokens before the first; texts at once; tokens before the first whose wait is measured
+MANY = f", {STREAMS} texts"
+PEERS = {"textbook": (), "transformers": ("transformers",), "llama.cpp Q8_0": ("xllamacpp", "gguf")}  # and the packages that they are
+SPAWN = multiprocessing.get_context("spawn")
 
 Writer = Callable[[int], float]  # so many tokens -> seconds of each
 
@@ -163,11 +169,7 @@ def first_token(parts: checkpoint.Parts, decoder: generate.Decoder) -> Writer:
 def show(name: str, seconds: list[float], sides: dict[str, list[float]], tokens_at_once: int = 1) -> None:
     """A line of the table: tokens per second, and how many times that of the others is."""
     paces = sorted(tokens_at_once / one for one in seconds)
-    against = [
-        f"{statistics.median(paces) * statistics.median(sides[peer]):.3g} times {peer}"
-        for peer in ("textbook", "transformers", "llama.cpp Q8_0")
-        if peer in sides
-    ]
+    against = [f"{statistics.median(paces) * statistics.median(sides[peer]):.3g} times {peer}" for peer in PEERS if peer in sides]
     ratios = f"  {', '.join(against)}" if name.startswith("nanogpt") else ""
     print(f"{name:30} {statistics.median(paces):9,.1f} tokens/s ({paces[0]:,.1f} to {paces[-1]:,.1f}){ratios}", flush=True)
 
@@ -179,54 +181,74 @@ def int8_cost(path: Path, text: str, place: Machine) -> None:
     print(f"int8 weights: {rounded:.5f} bits per byte, {exact:.5f} in float32: {rounded / exact - 1:+.3%}")
 
 
+def parts_of(text: str, model: Path | None) -> checkpoint.Parts:
+    """The model of a file, or one of the seed's shape with random weights and the characters of the text."""
+    if model is not None:
+        return checkpoint.load(model)
+    tokenizer = train_tokenizer("char", [chunk for document in expand([text]) for chunk in document.chunks()])
+    parts = checkpoint.Parts(checkpoint.empty_model(ModelConfig(), tokenizer.vocab_size, "cpu").eval(), tokenizer, {"unused": []})
+    parts.model.init_weights(torch.Generator().manual_seed(1337))
+    return parts
+
+
+def writer_of(kind: str, parts: checkpoint.Parts, place: Machine, folder: Path) -> Writer:
+    """What writes in the way that a line of the table is called."""
+    if kind in PEERS:
+        return {"textbook": textbook, "transformers": transformers, "llama.cpp Q8_0": lambda parts: llama_cpp(parts, place.threads, folder)}[kind](parts)
+    name, texts = kind.removeprefix("wait ").removesuffix(MANY), STREAMS if kind.endswith(MANY) else 1
+    if name == "nanogpt plain":
+        decoder: generate.Decoder = generate.TorchDecoder(generate.bare(parts.model), place, texts)
+    else:
+        decoder = generate.open_decoder(parts.model, place, name.removeprefix("nanogpt fast "), texts)
+    return first_token(parts, decoder) if kind.startswith("wait ") else nanogpt(parts, decoder, texts)
+
+
+def work(pipe: Connection, kind: str, text: str, model: Path | None, threads: int, folder: Path) -> None:
+    """A process for one kind: what another leaves behind in its process, threads above all, would slow it down. It writes when it is told to."""
+    torch.manual_seed(1337)
+    parts = parts_of(text, model)
+    write = writer_of(kind, parts, machine.choose(MachineConfig(device="cpu", dtype="float32", threads=threads)), folder)
+    write(16)  # does not count
+    while tokens := pipe.recv():
+        pipe.send(write(tokens))
+
+
 @app.default
 def main(*, text: str = "shakespeare", model: Path | None = None, tokens: int = 200, rounds: int = 5, threads: int | None = None) -> None:
     """Time every kind that is installed; print the table."""
     place = machine.choose(MachineConfig(device="cpu", dtype="float32", threads=threads))
-    if model is not None:
-        parts = checkpoint.load(model)
-    else:
-        tokenizer = train_tokenizer("char", [chunk for document in expand([text]) for chunk in document.chunks()])
-        parts = checkpoint.Parts(checkpoint.empty_model(ModelConfig(), tokenizer.vocab_size, "cpu").eval(), tokenizer, {"unused": []})
-        parts.model.init_weights(torch.Generator().manual_seed(1337))
-    torch.manual_seed(1337)
+    parts = parts_of(text, model)
     tokens = min(tokens, parts.model.config.context_length - PROMPT - 1)  # within the window, where peers have their cache
     print(f"{place}, {machine.processor()}; torch {torch.__version__}; {sum(p.numel() for p in parts.model.parameters()):,} parameters, {tokens} tokens")
+    kinds = [name for name, packages in PEERS.items() if (name == "textbook" or parts.model.config.arch == "classic") and has(*packages)]
+    ours = ["nanogpt plain"] + (["nanogpt fast float32", "nanogpt fast int8"] if has("numba") else [])
+    kinds += [*ours, *(name + MANY for name in ours), *(f"wait {name}" for name in ours)]
+    sides: dict[str, list[float]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
-        writers = {"textbook": textbook(parts)}
-        if parts.model.config.arch == "classic":
-            if has("transformers"):
-                writers["transformers"] = transformers(parts)
-            if has("xllamacpp", "gguf"):
-                writers["llama.cpp Q8_0"] = llama_cpp(parts, place.threads, Path(folder))
-        writers["nanogpt plain"] = nanogpt(parts, generate.TorchDecoder(generate.bare(parts.model), place))
-        many = {f"nanogpt plain, {STREAMS} texts": nanogpt(parts, generate.TorchDecoder(generate.bare(parts.model), place, STREAMS), STREAMS)}
-        waits = {"plain": first_token(parts, generate.TorchDecoder(generate.bare(parts.model), place))}
-        if has("numba"):
-            for dtype in ("float32", "int8"):
-                writers[f"nanogpt fast {dtype}"] = nanogpt(parts, generate.open_decoder(parts.model, place, dtype))
-                many[f"nanogpt fast {dtype}, {STREAMS} texts"] = nanogpt(parts, generate.open_decoder(parts.model, place, dtype, STREAMS), STREAMS)
-                waits[f"fast {dtype}"] = first_token(parts, generate.open_decoder(parts.model, place, dtype))
-        everything = writers | many | {f"wait {name}": wait for name, wait in waits.items()}
-        sides: dict[str, list[float]] = {name: [] for name in everything}
-        for write in everything.values():
-            write(16)  # does not count
+        pipes = {}
+        for kind in kinds:
+            pipes[kind], end = SPAWN.Pipe()
+            SPAWN.Process(target=work, args=(end, kind, text, model, place.threads, Path(folder)), daemon=True).start()
         for _ in range(rounds):
-            for name, write in everything.items():
-                sides[name].append(write(tokens))
-    for name in writers:
-        show(name, sides[name], sides)
+            for kind, pipe in pipes.items():
+                pipe.send(tokens)
+                sides[kind].append(pipe.recv())
+        for pipe in pipes.values():
+            pipe.send(0)
     peak = machine.peak(place.device, torch.bfloat16)
     c, seen = parts.model.config, PROMPT + tokens / 2
     attention = 4 * c.n_layer * c.n_embd
     flops = flops_per_token(c, parts.tokenizer.vocab_size) / 3 - attention * (min(c.context_length, c.window or math.inf) - min(seen, c.window or math.inf))
-    for name in many:
-        show(name, sides[name], sides, STREAMS)
-        speed = STREAMS * flops / statistics.median(sides[name])
-        print(f"{'':30} {speed / 1e9:9,.1f} GFLOP/s, {speed / peak:.0%} of the bfloat16 peak, {peak / 1e9:,.0f} GFLOP/s")
-    for name in waits:
-        times = sorted(1e3 * one for one in sides[f"wait {name}"])
-        print(f"first token after {LATENCY_PROMPT}, {name:12} {statistics.median(times):6.1f} ms ({times[0]:.1f} to {times[-1]:.1f})")
+    for kind, seconds in sides.items():
+        if kind.startswith("wait "):
+            times = sorted(1e3 * one for one in seconds)
+            print(f"first token after {LATENCY_PROMPT}, {kind[5:]:22} {statistics.median(times):6.1f} ms ({times[0]:.1f} to {times[-1]:.1f})")
+        elif kind.endswith(MANY):
+            show(kind, seconds, sides, STREAMS)
+            speed = STREAMS * flops / statistics.median(seconds)
+            print(f"{'':30} {speed / 1e9:9,.1f} GFLOP/s, {speed / peak:.0%} of the bfloat16 peak, {peak / 1e9:,.0f} GFLOP/s")
+        else:
+            show(kind, seconds, sides)
     if model is not None:
         int8_cost(model, text, place)
 
