@@ -1,6 +1,6 @@
 """What Nano-GPT says to a person rather than to a program.
 
-In: a sentence with the numbers in it, and the command that fixes the problem. Out: an exception or a warning that `cli.py` prints as it stands.
+In: a sentence with the numbers in it, and the command that fixes the problem. Out: an exception or a warning that `cli` prints as it stands.
 """
 
 

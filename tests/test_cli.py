@@ -9,6 +9,7 @@ from conftest import TINY
 
 import nanogpt
 from nanogpt import cli
+from nanogpt.cli.words import dash_last
 
 SURFACE = {
     "train": "--arch --attention --batch-size --checkpoint-activations --compile --config --context-length --cooldown --cross-documents --deterministic "
@@ -38,11 +39,11 @@ SMALL = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | {"step
 
 @pytest.mark.parametrize("before", [[], ["--no-compile"], ["--deterministic"], ["--resume"], ["--copies"], ["--out=run"], ["--out", "run"], ["book.txt"]])
 def test_a_lone_dash_is_standard_input(before):
-    assert cli._dash_last(["train", *before, "-", "--seed", "1"]) == ["train", *before, "--seed", "1", "--", "-"]
+    assert dash_last(["train", *before, "-", "--seed", "1"]) == ["train", *before, "--seed", "1", "--", "-"]
 
 
 def test_a_dash_may_be_an_options_value():
-    assert cli._dash_last(["sample", "run", "--prompt-file", "-"]) == ["sample", "run", "--prompt-file", "-"]
+    assert dash_last(["sample", "run", "--prompt-file", "-"]) == ["sample", "run", "--prompt-file", "-"]
 
 
 def run(*words):

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-from nanogpt.cli import _dash_last, app
+from nanogpt.cli import app
+from nanogpt.cli.words import dash_last
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)  # all of them, or the end of one would be taken for the beginning of another
@@ -53,7 +54,7 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize(("document", "words"), OWN, ids=lambda part: part if isinstance(part, str) else " ".join(part))
 def test_a_command_of_the_docs_parses(document, words):
     assert words, f"{document} has a lone nanogpt"
-    app.parse_args(_dash_last(words), exit_on_error=False, print_error=False)
+    app.parse_args(dash_last(words), exit_on_error=False, print_error=False)
 
 
 @pytest.mark.parametrize("script", [script for _, script in SCRIPTS if script.startswith("#!/bin/bash")])

@@ -1,6 +1,6 @@
-"""The command line: a table of commands, and how errors look.
+"""A table of commands: what each takes, and whom it asks.
 
-In: words. Out: an exit code: 0; 2 for a `UserError`; 130 or 143 after a signal. What a command needs is imported when it is called.
+In: words that cyclopts has read. Out: what a command prints. What a command needs is imported when it is called.
 """
 
 import json
@@ -8,21 +8,19 @@ import math
 import re
 import shlex
 import shutil
-import signal
 import sys
 import time
-import warnings
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, CycloptsError, Parameter
-from pydantic import ValidationError
+from cyclopts import App, Parameter
 
 import nanogpt
-from nanogpt.config import Config, PlaceConfig, SamplingConfig, ServeConfig, TextConfig, explain, flatten, is_path, preset_settings, resolve
-from nanogpt.errors import Notice, UserError
+from nanogpt.cli.words import end_quietly_with_the_reader, name_of_run, prompt_in, text_itself
+from nanogpt.config import Config, PlaceConfig, SamplingConfig, ServeConfig, TextConfig, flatten
+from nanogpt.errors import UserError
 
 Settings = Annotated[Config, Parameter(name="*")]
 PlaceSettings = Annotated[PlaceConfig, Parameter(name="*", group="Machine")]
@@ -70,7 +68,7 @@ def train(
     terminal = report.Terminal()
     if out is None and not text:
         raise UserError("Which text?", "nanogpt train TEXT, or nanogpt train --resume --out RUN.")
-    run = out or Path("runs") / _run_name(text[0])
+    run = out or Path("runs") / name_of_run(text[0])
     with ExitStack() as stack:
         stack.callback(terminal.close)
 
@@ -124,13 +122,13 @@ def sample(
     if prompt is not None and prompt_file is not None:
         raise UserError("Both --prompt and --prompt-file were given.", "Leave one of them out.")
     if prompt_file is not None:
-        prompt = _read_prompt(prompt_file, encoding)
+        prompt = prompt_in(prompt_file, encoding)
     loaded = library.load(model, **machine.model_dump(exclude_unset=True))
     if loaded.remark and sys.stderr.isatty():
         print(f"nanogpt: {loaded.remark}", file=sys.stderr)
     if prompt is None and not as_json and sys.stdin.isatty() and sys.stdout.isatty():
         return texts.converse(loaded, n, seed, strict, sampling)
-    _end_quietly_with_the_reader()
+    end_quietly_with_the_reader()
     first = library.new_seed() if seed is None else seed
     if seed is None and not as_json:
         print(f"--seed {first}", file=sys.stderr)
@@ -164,7 +162,7 @@ def evaluate(
     """
     from nanogpt import library, report
 
-    _end_quietly_with_the_reader()
+    end_quietly_with_the_reader()
     result = library.load(model, **machine.model_dump(exclude_unset=True)).evaluate(
         *text, context_length=context_length, encoding=encoding, field=field, by_position=by_position
     )
@@ -227,11 +225,11 @@ def look(
         raise UserError(f"{', '.join(f'--{name}' for name in asked)}: these are {len(asked)} pictures.", "Ask for one at a time.")
     if (layer is not None or neuron is not None) and not neurons:
         raise UserError("--layer and --neuron say which neuron to look at.", "Use them with --neurons.")
-    seen = library.load(model, **machine.model_dump(exclude_unset=True)).look(_text_itself(file, text, encoding))
+    seen = library.load(model, **machine.model_dump(exclude_unset=True)).look(text_itself(file, text, encoding))
     found = seen.neurons(layer or 0, neuron, n_excerpts=5) if neurons else getattr(seen, asked[0])()
     if html is not None:
         write_text(html, page.page(f"{asked[0].capitalize()}: {model}", getattr(page, asked[0])(found)))
-    _end_quietly_with_the_reader()
+    end_quietly_with_the_reader()
     if as_json:
         print(json.dumps(found.asdict(), ensure_ascii=False))
     else:
@@ -278,7 +276,7 @@ def compare(*run: Path, as_json: AsJson = False, plot: Path | None = None) -> No
     found = side_by_side.compare(run)
     if plot is not None:
         write_text(plot, side_by_side.plot(found))
-    _end_quietly_with_the_reader()
+    end_quietly_with_the_reader()
     print(json.dumps(found.asdict()) if as_json else side_by_side.table(found, shutil.get_terminal_size().columns), end="\n" if as_json else "")
 
 
@@ -345,37 +343,10 @@ def plan(
     as_json
         One JSON object instead of a table.
     """
-    from nanogpt.plan import ETHERNET, Cluster, cluster_of, corpus_of, plan
+    from nanogpt.cli.foresee import foresee
     from nanogpt.plan.table import table
-    from nanogpt.tokenizer.kinds import SIZED, suggested_size
 
-    numbers = {"--text-bytes": text_bytes, "--gpus-per-node": gpus_per_node, "--nodes": nodes, "--network": network, "--price": price}
-    if wrong := [f"{name} {number:g}" for name, number in numbers.items() if number is not None and not number > 0]:
-        raise UserError(f"{', '.join(wrong)}: it takes more than 0.")
-    given = preset_settings(preset) | flatten(settings, explicit=True)
-    settled = resolve(given, complete=False)
-    tokenizer = settled.text.tokenizer
-    suggested = suggested_size(text_bytes or 10**6) if tokenizer in SIZED or is_path(tokenizer) else 65  # English letters and punctuation
-    vocab_size = settled.text.vocab_size or suggested
-    if gpu is not None:
-        cluster = cluster_of(gpu, gpus_per_node, nodes, network)
-    else:
-        from nanogpt import machine, recipe  # which need torch, and that takes a second
-
-        between = ETHERNET if network is None else network * 1e9 / 8
-        place = machine.choose(settled.machine)
-        if settled.training.minutes is not None:
-            chosen = recipe.choose(60 * settled.training.minutes, text_bytes or 10**6, vocab_size, place, given)
-            given |= {choice.name: choice.value for choice in chosen}
-        given |= place.settings().model_dump()
-        shared = gpus_per_node if place.device.type == "cpu" else 1  # processes on CPUs share what there is
-        memory = machine.memory_of(place.device)
-        cluster = Cluster(
-            str(place), machine.peak(place.device, place.dtype) / shared, memory and memory / shared, None, between, between, gpus_per_node, nodes
-        )  # fmt: skip
-    settled = resolve(given)
-    corpus = corpus_of(text_bytes, tokenizer, vocab_size, nodes) if text_bytes else None
-    found = plan(settled.model, settled.training, settled.machine, vocab_size, cluster, corpus, price)
+    found = foresee(settings, preset, text_bytes, gpu, gpus_per_node, nodes, network, price)
     print(json.dumps(found.asdict()) if as_json else table(found))
 
 
@@ -395,74 +366,6 @@ def bench(*, as_json: AsJson = False, settings: Settings = Config()) -> None:
     print(json.dumps(asdict(found))) if as_json else report.show_speed(found)
 
 
-def main(words: list[str] | None = None) -> None:
-    """Run a command and leave with its exit code."""
-    warnings.showwarning = _show_warning
-    warnings.simplefilter("always", Notice)
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # they may be closed
-        if stream.isatty():  # a console may know fewer characters than the text
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-        elif hasattr(stream, "reconfigure"):  # a file gets the text as it is
-            stream.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
-    try:
-        app(_dash_last(sys.argv[1:] if words is None else words))
-    except CycloptsError as error:
-        cause = error.__cause__ or error.__context__
-        _fail("\n".join(explain(cause)) if isinstance(cause, ValidationError) else str(error))
-    except UserError as error:
-        _fail(str(error))
-    except OSError as error:
-        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _dash_last(words: list[str]) -> list[str]:
-    """Put a lone "-", standard input, behind "--", where cyclopts takes it for a text and not for an option."""
-    settings = [(name, field) for section in Config.model_fields.values() for name, field in section.annotation.model_fields.items()]  # type: ignore[union-attr]
-    yes_or_no = [name.replace("_", "-") for name, field in settings if field.annotation in (bool, bool | None)]
-    alone = {"--resume", "--overwrite", "--json", "--strict", "--by-position", "--open", "--surprise", "--attention", "--neurons", "--copies"}
-    alone |= {f"--{no}{name}" for name in yes_or_no for no in ("", "no-")}
-    texts = [i for i, word in enumerate(words) if word == "-" and (not words[i - 1].startswith("--") or "=" in words[i - 1] or words[i - 1] in alone)]
-    if not texts or "--" in words:
-        return words
-    return [word for i, word in enumerate(words) if i not in texts] + ["--", "-"]
-
-
-def _read_prompt(name: str, encoding: str | None) -> str:
-    """The text of a file, or of standard input for "-"; the line end that an editor puts behind the last line is not part of it."""
-    from nanogpt.corpus import expand
-
-    if name != "-" and not Path(name).is_file():
-        raise UserError(f"There is no prompt file {Path(name).absolute()}.", 'Give the prompt itself with --prompt "...".')
-    return "".join(expand([name], encoding)[0].chunks()).removesuffix("\n").removesuffix("\r")
-
-
-def _text_itself(file: str | None, text: str | None, encoding: str | None) -> str:
-    """The text of a file, of standard input for "-", or what was given instead."""
-    from nanogpt.corpus import expand
-
-    if (file is None) == (text is None):
-        what = "Which text?" if file is None else "Both a file and --text were given."
-        raise UserError(what, 'nanogpt look MODEL FILE, nanogpt look MODEL --text "...", or nanogpt sample MODEL | nanogpt look MODEL -')
-    if file is None:
-        return text or ""
-    try:
-        sources = expand([file], encoding)
-    except UserError as error:
-        raise UserError(str(error), 'To look at these words themselves: --text "...".') from error
-    return "".join(chunk for source in sources for chunk in source.chunks())
-
-
-def _run_name(text: str) -> str:
-    """What a run is called when nobody named it: as its first text, in characters that every system allows in a file name."""
-    from nanogpt.corpus.formats import is_packed
-
-    path = Path("stdin" if text == "-" else text).resolve()
-    name = Path(path.stem).stem if is_packed(path.name) else path.stem
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "text"
-
-
 def _show_server(url: str, names: list[str], needs_key: bool) -> None:
     """Where the server is, and how a program asks it."""
     body = shlex.quote(json.dumps({"model": names[0] if names else "NAME", "prompt": "Once upon", "max_tokens": 100}, ensure_ascii=False))
@@ -470,20 +373,3 @@ def _show_server(url: str, names: list[str], needs_key: bool) -> None:
     print(f"Page     {url}/\nAPI      {url}/v1 ({len(names)} model{'s' * (len(names) != 1)})")
     print(f"Try it   curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d {body}")
     print("Ctrl-C ends it, when what is under way has finished.", flush=True)
-
-
-def _end_quietly_with_the_reader() -> None:
-    """`nanogpt sample … | head` ends with head, without a traceback."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-
-
-def _fail(message: str) -> None:
-    print(f"nanogpt: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:  # type: ignore[no-untyped-def]
-    """A Notice as a sentence; other warnings as Python shows them."""
-    text = f"nanogpt: {message}\n" if issubclass(category, Notice) else warnings.formatwarning(message, category, filename, lineno, line)
-    sys.stderr.write(text)
