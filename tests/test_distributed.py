@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import nanogpt
 from nanogpt import checkpoint
 from nanogpt.errors import UserError
-from nanogpt.machine import ranks
+from nanogpt.machine import has_compiler, ranks
 from nanogpt.machine.shards import read_whole
 from nanogpt.report import Stepped
 
@@ -56,7 +56,7 @@ def start(rank, size, jobs, **environment):
 
 
 def together(size, jobs):
-    """Train runs in so many processes, one after another."""
+    """Train runs in so many processes, one after another; what the processes said."""
     jobs = [{**job, "port": free_port()} for job in jobs]
     processes = [start(rank, size, jobs) for rank in range(size)]
     try:
@@ -65,6 +65,7 @@ def together(size, jobs):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0] * size, "\n".join(said)
+    return "\n".join(said)
 
 
 def weights(run):
@@ -162,11 +163,11 @@ def test_the_pace_of_every_process_is_in_the_log(runs):
     assert 0 <= rows[0]["exchange"] < 1
 
 
-def launch(rank, size, *words, **environment):
+def launch(rank, size, *words, program=("-m", "nanogpt"), **environment):
     """One process of several, from the command line."""
     environment = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"} | environment
     own = os.environ | {name: str(value) for name, value in environment.items()} | {"PYTHONPATH": str(Path(nanogpt.__file__).parent.parent)}
-    command = [sys.executable, "-m", "nanogpt", "train", *map(str, words)]
+    command = [sys.executable, *program, "train", *map(str, words)]
     return subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -181,6 +182,30 @@ def test_processes_that_were_begun_differently_are_refused_before_anything_is_wr
     assert "torchrun --nproc-per-node 2 -m nanogpt train" in said[0]
     assert said[1] == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_of_another_version_is_refused(story, tmp_path):
+    port = free_port()
+    older = "import nanogpt; nanogpt.__version__ = '0.0.1'; from nanogpt.cli import main; main()"
+    programs = ("-m", "nanogpt"), ("-c", older)
+    processes = [launch(rank, 2, story, "--out", tmp_path / "run", "--steps", 4, program=programs[rank], MASTER_PORT=port) for rank in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert f'nanogpt          "{nanogpt.__version__}": rank 0' in said[0]
+    assert 'nanogpt          "0.0.1": rank 1' in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow  # compiling takes a minute
+@pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="there is no compiler")
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_compiled_steps_of_two_processes_train_what_one_would(story, tmp_path, way):
+    job = {"text": str(story), "arch": "modern"} | RUN
+    nanogpt.train(**job, out=tmp_path / "one")
+    said = together(2, [job | {"out": str(tmp_path / "two"), "parallel": way, "compile": True}])
+    assert "compile = true" in (tmp_path / "two" / "config.toml").read_text()
+    assert "torch.compile failed" not in said
+    equal(tmp_path / "two", tmp_path / "one", 1e-4)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from nanogpt.files import locked, require_space, sweep, write_text
 from nanogpt.library.model import Model
 from nanogpt.library.settle import chosen_settings, settle, smaller
 from nanogpt.library.text import SAME_TEXT
+from nanogpt.model import GPT
 from nanogpt.plan import flops_per_token
 from nanogpt.prepare import Prepared, open_prepared, prepare
 from nanogpt.recipe import Choice
@@ -57,80 +58,55 @@ def train(
     Where neither `minutes` nor `steps`, `preset` or `config` is given, the run takes five minutes; the minutes begin at `begun` (by `time.monotonic`), or now.
     Errors: `UserError`, see its message. Ctrl-C and SIGTERM save to `out` before they raise `KeyboardInterrupt` and `SystemExit`.
     """
-    sources = [os.fspath(text)] if isinstance(text, str | os.PathLike) else [os.fspath(path) for path in text]
-    begun = time.monotonic() if begun is None else begun
-    if resume and out is None:
-        raise UserError("There is no run to go on with.", "Name its folder: --out RUN, in Python out=RUN.")
-    if resume and overwrite:
-        raise UserError("A run cannot be resumed and overwritten at once.", "Leave out --resume or --overwrite.")
+    asked = _Asked(
+        sources=[os.fspath(text)] if isinstance(text, str | os.PathLike) else [os.fspath(path) for path in text],
+        out=None if out is None else Path(out),
+        settings=settings,
+        config=config,
+        preset=preset,
+        init_from=None if init_from is None else os.fspath(init_from),
+        resume=resume,
+        overwrite=overwrite,
+        begun=time.monotonic() if begun is None else begun,
+    )
+    asked.require_sense()
     trackers = Trackers([track] if isinstance(track, str) else track)
     if track and out is None:
         raise UserError("A run that is tracked needs a folder.", "Name one, in Python out=RUN.")
-    wanted = chosen_settings(settings, config, preset, resuming=True)
-    ranks = machine.join(str(wanted.get("device", "auto")))
-    with ExitStack() as stack:
-        stack.enter_context(ranks.connected())
-        words = {"text": sources, "init_from": init_from and os.fspath(init_from), "resume": resume, "overwrite": overwrite}
-        ranks.require_same({"nanogpt": __version__, "torch": torch.__version__} | {name: str(value) for name, value in (wanted | words).items()})
-        run = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nanogpt-")))
+    ranks = machine.join(str(asked.chosen(resuming=True).get("device", "auto")))
+    with ranks.connected():
+        return _train(asked, trackers, on_event, ranks)
 
-        def begin() -> _Beginning:
-            again = _after_restart(run, ranks, resume, overwrite)
-            checkpoint.require_run_folder(run, **again)
-            resuming = again["resume"] and checkpoint.latest_step(run) is not None
-            if resume and not resuming:
-                warnings.warn(f"There is no saved state in {run}: starting afresh.", Notice, stacklevel=2)
-            given = chosen_settings(settings, config, preset, resuming)
-            earlier = finetune.earlier_model(init_from, given) if init_from is not None and not resuming else None
-            settled, prepared, place, choices = settle(run, sources, given, resuming, begun if preset is None else None, earlier, ranks)
-            open_ones, (settled, needed, free) = settled.training, fitted(settled, prepared.tokenizer.vocab_size, place, ranks)
-            choices += smaller(open_ones, settled.training, free, len(ranks.rows(open_ones.batch_size)))
-            return _Beginning(settled, prepared, place, choices, needed, free, resuming, earlier, again, given)
 
-        first = ranks.decided(begin)
-        settled, prepared, place, resuming, fine_tuning = _shared(first, ranks)
-        ranks = replace(ranks, sharded=ranks.size > 1 and settled.machine.parallel == "fsdp")
-        with machine.memory_for(f"a model of this shape: {settled.model}"):
-            model, optimizer = build(settled, prepared.tokenizer.vocab_size, place, ranks)
+@dataclass(frozen=True)
+class _Asked:
+    """What somebody asked for."""
 
-        def take_folder() -> None:
-            assert first is not None
-            require_space(run, 8 * sum(p.numel() * p.element_size() for p in model.parameters()))  # model and state, each also while it is replaced
-            stack.enter_context(locked(run / ".lock"))
-            checkpoint.require_run_folder(run, **first.again)  # again: another process may have been here meanwhile
-            if resuming:
-                _require_right_resume(run, first.given, init_from, prepared.about.get("init_from"))
-            else:
-                checkpoint.clear_run_folder(run)
+    sources: list[str]
+    out: Path | None
+    settings: dict[str, Any]
+    config: str | os.PathLike[str] | None
+    preset: str | None
+    init_from: str | None
+    resume: bool
+    overwrite: bool
+    begun: float
 
-        ranks.decided(take_folder)
-        position = Position.from_json(checkpoint.load_state(run, model, optimizer, ranks)) if resuming else Position()
-        if fine_tuning:
-            checkpoint.take_weights(model, first.earlier.model if first and first.earlier else None, ranks)
-            prepared.about["init_from"] = findable(os.fspath(init_from or ""))
-        if first:
-            first = replace(first, earlier=None)  # which would take memory
-            sweep(run, older_than=0)
-            write_text(run / "config.toml", to_toml(settled))
-            write_text(run / "text.json", json.dumps(prepared.about, indent=1))
-            if ranks.launch:
-                (run / ".lock").write_text(ranks.launch, encoding="utf-8")
-        tell = on_event if first else lambda event: None
-        asked = stack.enter_context(_stop_signals(tell, once=ranks.launch == "")) if out is not None else []
-        trainer = Trainer(model, optimizer, prepared, settled.training, place, run, position, lambda: bool(asked), begun, ranks)
-        stack.callback(trackers.finish)
-        log, event = RunLog(run), None
-        for event in _events(trainer, settled, first):
-            if first:
-                log(event)
-                trackers(event)
-                on_event(event)
-        if first and out is not None:
-            write_report(run)
-        if isinstance(event, Interrupted):
-            number = asked[0] if asked else signal.SIGTERM  # another process was asked
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        return Model(_kept(run, place, ranks, trainer), place, run, prepared)
+    def require_sense(self) -> None:
+        """Errors: `UserError` for what contradicts itself."""
+        if self.resume and self.out is None:
+            raise UserError("There is no run to go on with.", "Name its folder: --out RUN, in Python out=RUN.")
+        if self.resume and self.overwrite:
+            raise UserError("A run cannot be resumed and overwritten at once.", "Leave out --resume or --overwrite.")
+
+    def chosen(self, resuming: bool) -> dict[str, Any]:
+        """The settings, with those of the preset and the TOML file."""
+        return chosen_settings(self.settings, self.config, self.preset, resuming)
+
+    def words(self) -> dict[str, Any]:
+        """Versions and settings, which are the same in all processes of a run."""
+        words = {"text": self.sources, "init_from": self.init_from, "resume": self.resume, "overwrite": self.overwrite}
+        return {"nanogpt": __version__, "torch": torch.__version__} | {name: str(value) for name, value in (self.chosen(resuming=True) | words).items()}
 
 
 @dataclass(frozen=True)
@@ -147,6 +123,78 @@ class _Beginning:
     earlier: checkpoint.Parts | None
     again: dict[str, bool]  # whether to resume, and whether to overwrite
     given: dict[str, Any]
+
+
+def _train(asked: _Asked, trackers: Trackers, on_event: Callable[[Event], None], ranks: machine.Ranks) -> Model:
+    """The run as each process goes through it: agree, build, take the folder, begin or go on, train, and give the model that stays."""
+    with ExitStack() as stack:
+        ranks.require_same(asked.words())
+        run = asked.out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nanogpt-")))
+        first = ranks.decided(lambda: _begin(run, asked, ranks))
+        settled, prepared, place, resuming, fine_tuning = _shared(first, ranks)
+        ranks = replace(ranks, sharded=ranks.size > 1 and settled.machine.parallel == "fsdp")
+        with machine.memory_for(f"a model of this shape: {settled.model}"):
+            model, optimizer = build(settled, prepared.tokenizer.vocab_size, place, ranks)
+        ranks.decided(lambda: first and stack.enter_context(_folder_taken(run, asked, first, model)))
+        position = Position.from_json(checkpoint.load_state(run, model, optimizer, ranks)) if resuming else Position()
+        if fine_tuning:
+            checkpoint.take_weights(model, first.earlier.model if first and first.earlier else None, ranks)
+            prepared.about["init_from"] = findable(asked.init_from or "")
+        if first:
+            first = replace(first, earlier=None)  # which would take memory
+            _write_beginning(run, settled, prepared, ranks)
+        tell = on_event if first else lambda event: None
+        stops = stack.enter_context(_stop_signals(tell, once=ranks.launch == "")) if asked.out else []
+        trainer = Trainer(model, optimizer, prepared, settled.training, place, run, position, lambda: bool(stops), asked.begun, ranks)
+        stack.callback(trackers.finish)
+        log, event = RunLog(run), None
+        for event in _events(trainer, settled, first):
+            for listener in (log, trackers, on_event) if first else ():
+                listener(event)
+        if first and asked.out:
+            write_report(run)
+        if isinstance(event, Interrupted):
+            number = stops[0] if stops else signal.SIGTERM  # another process was asked
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        return Model(_kept(run, place, ranks, trainer), place, run, prepared)
+
+
+def _begin(run: Path, asked: _Asked, ranks: machine.Ranks) -> _Beginning:
+    """See that the folder may be used, and settle everything that a model is built by."""
+    again = _after_restart(run, ranks, asked.resume, asked.overwrite)
+    checkpoint.require_run_folder(run, **again)
+    resuming = again["resume"] and checkpoint.latest_step(run) is not None
+    if asked.resume and not resuming:
+        warnings.warn(f"There is no saved state in {run}: starting afresh.", Notice, stacklevel=2)
+    given = asked.chosen(resuming)
+    earlier = finetune.earlier_model(asked.init_from, given) if asked.init_from is not None and not resuming else None
+    begun = asked.begun if asked.preset is None else None
+    settled, prepared, place, choices = settle(run, asked.sources, given, resuming, begun, earlier, ranks)
+    open_ones, (settled, needed, free) = settled.training, fitted(settled, prepared.tokenizer.vocab_size, place, ranks)
+    choices += smaller(open_ones, settled.training, free, len(ranks.rows(open_ones.batch_size)))
+    return _Beginning(settled, prepared, place, choices, needed, free, resuming, earlier, again, given)
+
+
+@contextmanager
+def _folder_taken(run: Path, asked: _Asked, first: _Beginning, model: GPT) -> Iterator[None]:
+    """The folder as this run's own, with room in it, and without the files of an older run."""
+    require_space(run, 8 * sum(p.numel() * p.element_size() for p in model.parameters()))  # model and state, each also while it is replaced
+    with locked(run / ".lock"):
+        checkpoint.require_run_folder(run, **first.again)  # again: another process may have been here meanwhile
+        if first.resuming:
+            _require_right_resume(run, first.given, asked.init_from, first.prepared.about.get("init_from"))
+        else:
+            checkpoint.clear_run_folder(run)
+        yield
+
+
+def _write_beginning(run: Path, settled: Config, prepared: Prepared, ranks: machine.Ranks) -> None:
+    """What tells of a run from its first moment on."""
+    sweep(run, older_than=0)
+    write_text(run / "config.toml", to_toml(settled))
+    write_text(run / "text.json", json.dumps(prepared.about, indent=1))
+    if ranks.launch:
+        (run / ".lock").write_text(ranks.launch, encoding="utf-8")
 
 
 def _after_restart(run: Path, ranks: machine.Ranks, resume: bool, overwrite: bool) -> dict[str, bool]:
@@ -185,9 +233,9 @@ def _same_text(about: dict[str, Any], settled: Config, tokenizer: str | None, ra
     return prepared if settled.text.cross_documents else prepared.within_documents(settled.model.context_length)
 
 
-def _require_right_resume(run: Path, given: dict[str, Any], init_from: str | os.PathLike[str] | None, began_from: str | None) -> None:
+def _require_right_resume(run: Path, given: dict[str, Any], init_from: str | None, began_from: str | None) -> None:
     """Errors: `UserError` where a run that goes on is to have begun from another model, or to take less time than it took."""
-    if init_from is not None and findable(os.fspath(init_from)) != began_from:
+    if init_from is not None and findable(init_from) != began_from:
         raise UserError(f"The run in {run} began from {began_from or 'no earlier model'}, not from {init_from}.", "Leave out --init-from.")
     used = checkpoint.seconds_used(run) / 60
     if given.get("minutes") is not None and given["minutes"] < used:

@@ -5,7 +5,7 @@ whole matrices, each computed in one process. The engine is PyTorch's: Distribut
 `fully_shard` (Zhao et al. 2023, "PyTorch FSDP"; its second version keeps each parameter as a DTensor, cut by rows).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nanogpt.machine.ranks import Ranks
 
 Loss = Callable[..., Tensor]
+Context = Callable[[], AbstractContextManager]
 
 
 class Nats(nn.Module):
@@ -41,24 +42,46 @@ def shard(model: nn.Module, methods: Sequence[str]) -> None:
         register_fsdp_forward_method(model, method)
 
 
-def spread(model: nn.Module, nats: Loss, ranks: Ranks) -> tuple[Loss, Callable[[], AbstractContextManager]]:
-    """The loss such that its backward pass leaves in every process the mean over the processes of the gradients; and a context without that, for all
-    micro-batches of a step but the last. Weights become those of the first process."""
+def spread(model: nn.Module, nats: Loss, ranks: Ranks) -> tuple[Loss, Context, Context]:
+    """The loss such that its backward pass leaves in every process the mean over the processes of the gradients; the context for all micro-batches of a step
+    but the last; and one in which this process exchanges nothing with the others, to see how long it takes alone. Weights become those of the first process.
+
+    Whole gradients wait for the last micro-batch; those of sharded weights would not fit, so each micro-batch's are added up, and only the share is kept."""
     if ranks.size == 1:
-        return nats, nullcontext
+        return nats, nullcontext, nullcontext
     if ranks.sharded:
-        return nats, lambda: _kept(model)
+        return nats, nullcontext, lambda: _alone(model)
     whole = nn.parallel.DistributedDataParallel(Nats(model, nats), gradient_as_bucket_view=True)
-    return whole, whole.no_sync
+    return whole, whole.no_sync, whole.no_sync
 
 
 @contextmanager
-def _kept(model: Any) -> Any:
-    model.set_requires_gradient_sync(False)
+def _alone(model: nn.Module) -> Iterator[None]:
+    """Sharded weights and gradients of the right size and of no use: in place of what the others have stands what this process has."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+
+    class Gather(DefaultAllGather):
+        def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
+            for rank, part in enumerate(output_tensor.chunk(group.size())):
+                if rank != group.rank():  # where it lies already
+                    part.copy_(input_tensor)
+
+    class Scatter(DefaultReduceScatter):
+        def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> None:  # type: ignore[override]
+            output_tensor.copy_(input_tensor.chunk(group.size())[group.rank()])
+
+    def exchange_by(gather: DefaultAllGather, scatter: DefaultReduceScatter) -> None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_all_gather(gather)
+                module.set_custom_reduce_scatter(scatter)
+
+    exchange_by(Gather(), Scatter())
     try:
         yield
     finally:
-        model.set_requires_gradient_sync(True)
+        exchange_by(DefaultAllGather(), DefaultReduceScatter())
 
 
 class Division:

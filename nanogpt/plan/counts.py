@@ -52,8 +52,8 @@ def memory(
 
     `half`: products are in 16 bits. Activations are what the backward pass needs of each layer, counted as in Korthikanti et al. 2022, section 4.1;
     with checkpoints, what goes into each layer, and the rest of one. Of several ranks, each holds all of the weights, gradients and moments with ddp, and
-    its share of them with fsdp, as in ZeRO's third stage (Rajbhandari et al. 2020, section 5.3); "buffers" are then what is whole for a while. Two things are
-    not shared: gradients that wait for more windows, and what the backward pass keeps of weights in 16 bits, unless activations are checkpointed.
+    its share of them with fsdp, as in ZeRO's third stage (Rajbhandari et al. 2020, section 5.3); "buffers" are then what is whole for a while. Not shared is
+    what the backward pass keeps of weights in 16 bits, unless activations are checkpointed.
     """
     counts = parameters(model, vocab_size)
     total, C, L, T, V = sum(counts.values()), model.n_embd, model.n_layer, model.context_length, vocab_size
@@ -79,10 +79,10 @@ def memory(
             block = rows * model.n_head * QUERIES * (QUERIES + (model.window or 0)) * (8 + 2 * b + drops_attention)
     layers = L * stream + attention + feed_forward if training.checkpoint_activations else L * (attention + feed_forward)
     sharded = parallel == "fsdp" and ranks > 1
-    share, waiting = 1 / ranks if sharded else 1.0, rows < training.batch_size // ranks
+    share = 1 / ranks if sharded else 1.0
     return {
         "weights": 4 * total * share + (2 * matrices if half and not (sharded and training.checkpoint_activations) else 0),
-        "gradients": 4 * total * (1.0 if waiting else share),
+        "gradients": 4 * total * share,
         "optimizer": 4 * moments * share,
         "activations": tokens * (layers + 2 * stream) + block,
         "logits": min(tokens, max(1, SCORES // V)) * V * (8 + (b if half else 0)),

@@ -68,8 +68,8 @@ def _sent(model: ModelConfig, vocab_size: int, devices: int, sharded: bool, pass
     """Bytes that each device sends in a step, in float32.
 
     ddp adds up all gradients once, which takes two rounds; fsdp gathers the weights for the forward and for the backward pass, and scatters the sums of
-    gradients, a round each (Rajbhandari et al. 2020, section 7.2). It gathers for each of the `passes` that the windows of a step are computed in, and what
-    is in no block only once in it.
+    gradients, a round each (Rajbhandari et al. 2020, section 7.2), for each of the `passes` that the windows of a step are computed in; what is in no block
+    is gathered only once in it.
     """
     if devices == 1:
         return {}
@@ -78,7 +78,7 @@ def _sent(model: ModelConfig, vocab_size: int, devices: int, sharded: bool, pass
         return {"all-reduce of gradients": 2 * 4 * total * turn}
     block, rest = units(model, vocab_size)
     gathered = passes * (2 * model.n_layer * block + rest)
-    return {"all-gather of weights": 4 * gathered * turn, "reduce-scatter of gradients": 4 * total * turn}
+    return {"all-gather of weights": 4 * gathered * turn, "reduce-scatter of gradients": 4 * passes * total * turn}
 
 
 def _sent_by_muon(model: ModelConfig, cluster: Cluster, sharded: bool, half: bool) -> tuple[dict[str, float], float]:

@@ -81,7 +81,7 @@ class Trainer:
         self.machine, self.run, self.position, self.asked_to_stop, self.begun = place, run, position, asked_to_stop, begun
         self.ranks, self.rows = ranks, ranks.rows(settings.batch_size)
         self.nats = machine.compiled(place, model, model.nats) if place.compile else model.nats
-        self.loss, self.unsynced = machine.spread(model, lambda *inputs: self.nats(*inputs), ranks)
+        self.loss, self.waiting, self.alone = machine.spread(model, lambda *inputs: self.nats(*inputs), ranks)
         self.step_seconds = 0.0
         self.budget = math.inf  # seconds for training, of a run by the clock, once all else is taken off
         self.saved_at = time.monotonic()
@@ -199,7 +199,7 @@ class Trainer:
         summed, begin = torch.zeros((), device=self.machine.device), self.machine.moment()
         parts = list(zip(*(tensor.split(rows) for tensor in tensors), strict=True))
         for number, (x, y, keys) in enumerate(parts, start=1):  # (b, T), (b, T), (b,)
-            with self.unsynced() if alone or number < len(parts) else nullcontext():
+            with self.alone() if alone else self.waiting() if number < len(parts) else nullcontext():
                 with self.machine.autocast():
                     nats = self.loss(x, y, keys)
                 if number == len(parts):
@@ -314,7 +314,7 @@ class Trainer:
             warnings.warn(what, Notice, stacklevel=2)
         exchange = None
         if len(self.position.history) == 1:
-            alone, with_others = self.try_step(alone=True), self.try_step()
+            with_others, alone = self.try_step(), self.try_step(alone=True)
             exchange = max(0.0, 1 - alone / with_others)
         return Paced(self.position.step, seconds, exchange)
 
