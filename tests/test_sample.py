@@ -125,8 +125,8 @@ def test_what_slows_writing_is_remarked(model, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert "Compiling" in model.remark
-    (tmp_path / "new" / "nanogpt" / "numba" / "some").mkdir(parents=True)
-    (tmp_path / "new" / "nanogpt" / "numba" / "some" / "kernel.nbi").touch()
+    (tmp_path / "new" / "nanogpt" / "numba-0" / "some").mkdir(parents=True)
+    (tmp_path / "new" / "nanogpt" / "numba-0" / "some" / "kernel.nbi").touch()
     assert model.remark is None
     without_numba(monkeypatch)
     assert "nanogpt[fast]" in model.remark
