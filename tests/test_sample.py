@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import select
 import subprocess
 import sys
@@ -167,6 +168,7 @@ class Terminal:
         import fcntl
         import termios
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored by what a shell began in the background
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
