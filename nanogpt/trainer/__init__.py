@@ -226,6 +226,9 @@ class Trainer:
 
     def finishing_seconds(self) -> float:
         """How long the last evaluation, sample and save will take, with some room, by trying a part of each."""
+        if self.machine.device.type != "cpu":  # a GPU's first evaluation and sample load its kernels, which can take seconds
+            self.validation_loss(FEWEST_TOKENS)
+            self.sample(1)
         begin = time.perf_counter()
         tried = self.validation_loss(FEWEST_TOKENS).tokens
         evaluated = time.perf_counter()
