@@ -23,11 +23,12 @@ from nanogpt.recipe import heads_for, learning
 
 app = App(help=__doc__)
 ROWS, CONTEXT = 8, 256
-RATES = {150: 0.058, 450: 0.033, 900: 0.024, 1350: 0.019, 4050: 0.015}  # of Muon, by the number of steps; a fifth of it is AdamW's
+RATES = {150: 0.058, 450: 0.033, 900: 0.024, 1350: 0.019, 2700: 0.019, 4050: 0.015}  # of Muon, by the number of steps; a fifth of it is AdamW's
 GRID = [  # layers, width, steps, Muon's learning rate, dropout, share of the training text
     *((n_layer, n_embd, steps, RATES[steps], 0.0, 1.0) for steps in (150, 450) for n_layer, n_embd in ((2, 64), (3, 96), (4, 128), (4, 192), (6, 256))),
     *((n_layer, n_embd, 1350, RATES[1350], 0.0, 1.0) for n_layer, n_embd in ((2, 64), (3, 96), (4, 128), (4, 192))),
     (2, 64, 4050, RATES[4050], 0.0, 1.0),
+    *((n_layer, n_embd, 2700, RATES[2700], 0.0, 1.0) for n_layer, n_embd in ((4, 192), (6, 256))),
     *((3, 96, steps, round(times * RATES[steps], 4), 0.0, 1.0) for steps in (150, 1350) for times in (0.5, 2.0)),
     *((4, 128, 450, RATES[450], dropout, 0.05) for dropout in (0.0, 0.1, 0.2)),
     *((n_layer, n_embd, 450, RATES[450], 0.0, 0.05) for n_layer, n_embd in ((2, 64), (3, 96))),
@@ -48,9 +49,10 @@ def run(text: Path, val: Path, n_layer: int, n_embd: int, steps: int, rate: floa
 def fit(rows: list[dict[str, str]]) -> dict[str, float]:
     """L = floor + A / parameters^a + B / tokens^b (Hoffmann et al. 2022, section 3.3) by least squares.
 
-    Used are the rows on the whole text, with the rates of `RATES`.
+    Used are the rows on the whole text, with the rates of `RATES`, that read it less than four times: reading again counts for less (`recipe.foreseen`).
     """
-    used = [row for row in rows if float(row["share"]) == 1 and float(row["rate"]) == RATES[int(row["steps"])]]
+    whole = [row for row in rows if float(row["share"]) == 1 and int(row["tokens"]) < 4 * int(row["train_tokens"])]
+    used = [row for row in whole if float(row["rate"]) == RATES[int(row["steps"])]]
     n, d, loss = (np.array([float(row[name]) for row in used]) for name in ("parameters", "tokens", "val_loss"))
     best: tuple[float, dict[str, float]] = (np.inf, {})
     for a in np.arange(0.1, 1.01, 0.05):

@@ -226,16 +226,18 @@ class Trainer:
 
     def finishing_seconds(self) -> float:
         """How long the last evaluation, sample and save will take, with some room, by trying a part of each."""
-        if self.machine.device.type != "cpu":  # a GPU's first evaluation and sample load its kernels, which can take seconds
+        tokens, letters = FEWEST_TOKENS, 10
+        if self.machine.device.type != "cpu":  # a GPU's first evaluation and sample load its kernels, and what a call costs is not to be multiplied
+            tokens, letters = 16 * FEWEST_TOKENS, 100
             self.validation_loss(FEWEST_TOKENS)
             self.sample(1)
         begin = time.perf_counter()
-        tried = self.validation_loss(FEWEST_TOKENS).tokens
+        tried = self.validation_loss(tokens).tokens
         evaluated = time.perf_counter()
-        self.sample(10)
+        self.sample(letters)
         sampled = time.perf_counter()
         evaluating = (evaluated - begin) * (len(self.text.val) + (self.position.val_tokens or 0)) / tried
-        writing = (sampled - evaluated) * SAMPLE.max_tokens / 10
+        writing = (sampled - evaluated) * SAMPLE.max_tokens / letters
         saving = sum(p.nbytes for p in self.model.parameters()) / 50e6
         leaving = LEAVING + COMPILER_LEAVING * self.machine.compile
         return ROOM * (evaluating + writing + saving) + leaving
