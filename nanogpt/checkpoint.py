@@ -33,7 +33,7 @@ from nanogpt.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 RUN_FILES = {"config.toml", "text.json", "metrics.jsonl", "samples.jsonl", "ranks.jsonl", "model.safetensors", "copies.safetensors", "state", ".lock"}
-RUN_FILES |= {"report.html", "tensorboard", "wandb"}
+RUN_FILES |= {"report.html", "copies.json", "tensorboard", "wandb"}
 PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 
 

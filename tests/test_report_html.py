@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -15,6 +16,7 @@ import nanogpt
 from nanogpt import checkpoint
 from nanogpt.cli import app
 from nanogpt.errors import Notice
+from nanogpt.library import training
 from nanogpt.report import html, read_records, write_report
 from nanogpt.report.curves import POOLS, Axis, Curve, chart, pooled, short
 
@@ -69,7 +71,7 @@ def test_a_run_leaves_its_report_and_it_can_be_made_again(run):
 
 def test_it_has_all_its_parts_and_the_numbers_of_the_run(run, page):
     assert page.open == []
-    assert page.text("h2") == "".join(("Curves", "Compared with counting", "What it wrote", "Text", "Machine", "Settings", "Again"))
+    assert page.text("h2") == "".join(("Curves", "Compared with counting", "What it wrote", "Does it copy?", "Text", "Machine", "Settings", "Again"))
     summary, parameters = checkpoint.describe(run)
     assert parameters == sum(p.numel() for p in checkpoint.load(run).model.parameters())
     assert f"{parameters / 1e6:.3g} million parameters" in page.text("p")
@@ -83,6 +85,25 @@ def test_it_has_all_its_parts_and_the_numbers_of_the_run(run, page):
     ]
     samples = [record["text"] for record in read_records(run / "samples.jsonl")]
     assert "".join(samples) in page.text("pre")
+
+
+def test_it_shows_what_the_last_sample_copied(run, tmp_path):
+    """A sample planted as the last one: what of it stands in the training text is found, where it stands there, and nothing else."""
+    with (run / "samples.jsonl").open() as file:
+        lines = file.readlines()
+    planted = "Nobody wrote this. The cat saw the dog in the barn.\nThe cat saw the dog in the barn.\n But this neither."
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "samples.jsonl").write_text("".join(lines) + json.dumps({"step": 30, "text": planted}) + "\n")
+    model = nanogpt.load(tmp_path / "run")
+    training._look_for_copies(tmp_path / "run", model, 3000)
+    found = json.loads((tmp_path / "run" / "copies.json").read_text())
+    assert [planted[p["start"] : p["end"]] for p in found["passages"]] == [" The cat saw the dog in the barn.\nThe cat saw the dog in the barn.\n"[1:]]
+    page = Page(html.report(tmp_path / "run"))
+    assert found["sentence"] in page.text("p")
+    assert page.texts["q"] == ["The cat saw the dog in the barn.\nThe cat saw the dog in the barn.\n"]
+    assert "text.txt, line 1" in page.text("td")
+    training._look_for_copies(tmp_path / "run", model, training.CHECKED_BYTES + 1)  # a text that takes too long
+    assert "Does it copy?" not in Page(html.report(tmp_path / "run")).text("h2")
 
 
 def test_the_command_repeats_the_run(run, page, tmp_path, monkeypatch):
@@ -122,7 +143,7 @@ def test_what_comes_from_outside_cannot_act(run, tmp_path):
     assert not any(tag == "img" or any(name.startswith("on") for name in attributes) for tag, attributes in page.elements)
 
 
-@pytest.mark.parametrize("name", ["config.toml", "text.json", "metrics.jsonl", "samples.jsonl", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.toml", "text.json", "metrics.jsonl", "samples.jsonl", "model.safetensors", "copies.json"])
 @pytest.mark.parametrize("content", [None, b"", b'{"step": 1}\n', b"\xff\xfe[1]\n{", b'{"step": 3, "text": 3, "val_loss": "x", "bits_per_byte": NaN}\n'])
 def test_what_is_missing_or_damaged_is_left_out(run, tmp_path, name, content):
     for path in run.iterdir():

@@ -22,7 +22,7 @@ from nanogpt import __version__, checkpoint, finetune, machine
 from nanogpt.config import Config, to_toml
 from nanogpt.corpus import findable
 from nanogpt.errors import Notice, UserError
-from nanogpt.files import locked, require_space, sweep, write_text
+from nanogpt.files import discard, locked, require_space, sweep, write_text
 from nanogpt.library.model import Model
 from nanogpt.library.settle import chosen_settings, settle, smaller
 from nanogpt.library.text import SAME_TEXT
@@ -30,10 +30,11 @@ from nanogpt.model import GPT
 from nanogpt.plan import flops_per_token
 from nanogpt.prepare import Prepared, open_prepared, prepare
 from nanogpt.recipe import Choice
-from nanogpt.report import Event, Interrupted, RunLog, Started, Stopping, Trackers, write_report
+from nanogpt.report import Event, Interrupted, RunLog, Started, Stopping, Trackers, read_records, write_report
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.trainer import Position, Trainer, build, fitted
 
+CHECKED_BYTES = 20_000_000  # of training text that the last sample is looked for in, which takes less than a second
 
 def train(
     text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
@@ -151,12 +152,26 @@ def _train(asked: _Asked, trackers: Trackers, on_event: Callable[[Event], None],
         for event in _events(trainer, settled, first):
             for listener in (log, trackers, on_event) if first else ():
                 listener(event)
-        if first and asked.out:
+        if first and asked.out and isinstance(event, Interrupted):
             write_report(run)
         if isinstance(event, Interrupted):
             number = stops[0] if stops else signal.SIGTERM  # another process was asked
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        return Model(_kept(run, place, ranks, trainer), place, run, prepared)
+        kept = Model(_kept(run, place, ranks, trainer), place, run, prepared)
+        if first and asked.out:
+            _look_for_copies(run, kept, prepared.about["train_bytes"])
+            write_report(run)
+        return kept
+
+
+def _look_for_copies(run: Path, model: Model, train_bytes: int) -> None:
+    """What the run's last sample has copied, for the report. In a text so large that this takes long, it is left to whoever asks."""
+    discard(run / "copies.json")
+    with suppress(UserError, OSError):  # the run itself is safe
+        samples = read_records(run / "samples.jsonl")
+        if samples and train_bytes <= CHECKED_BYTES:
+            found = model.look(samples[-1]["text"]).copies()
+            write_text(run / "copies.json", json.dumps({"step": samples[-1]["step"]} | found.asdict()))
 
 
 def _begin(run: Path, asked: _Asked, ranks: machine.Ranks) -> _Beginning:

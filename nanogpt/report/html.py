@@ -30,6 +30,7 @@ from nanogpt.report.log import read_records
 
 MOST_STEPS = 4000  # of a run are read, which takes some 20 ms,
 MOST_SAMPLES = 100  # and so many samples shown: the first, the last, and others evenly between
+MOST_PASSAGES = 10
 VALUES = ("train_loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens", "seconds", "progress")  # that a step must have
 Known = TypeVar("Known")
 
@@ -46,6 +47,7 @@ class Facts:
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    copies: dict[str, Any]
 
     @property
     def step(self) -> int:
@@ -66,6 +68,7 @@ def report(run: Path) -> str:
         "Curves": figures,
         "Compared with counting": _ladder(facts),
         "What it wrote": _samples(facts),
+        "Does it copy?": _copies(facts),
         "Text": _table(_text(facts)),
         "Machine": _table(_machine(facts)),
         "Settings": _settings(facts),
@@ -109,6 +112,7 @@ def _facts(run: Path) -> Facts:
     ]
     text = known(lambda: json.loads((run / "text.json").read_text(encoding="utf-8")), None)
     summary, parameters = known(lambda: checkpoint.describe(run), unknown)
+    copies = known(lambda: json.loads((run / "copies.json").read_text(encoding="utf-8")), None)
     return Facts(
         run=run,
         config=known(lambda: resolve(read_toml(run / "config.toml")), Config()),
@@ -118,6 +122,7 @@ def _facts(run: Path) -> Facts:
         steps=[record for record in records if _has(record, ("step", *VALUES))],
         evaluations=[record for record in records if _has(record, ("step", "val_loss", "bits_per_byte"))],
         samples=[samples[i] for i in _evenly(len(samples), MOST_SAMPLES)],
+        copies=copies if isinstance(copies, dict) and copies.keys() >= {"step", "text", "sentence", "passages"} else {},
     )
 
 
@@ -253,6 +258,21 @@ def _samples(facts: Facts) -> str:
         loss = f", validation loss {losses[sample['step']]:.3f}" if sample["step"] in losses else ""
         items.append(f'<li><h3>Step {sample["step"]:,}{loss}</h3><pre dir="auto" tabindex="0">{_shown(sample["text"])}</pre></li>')
     return f'<ol class="samples all">{"".join(items)}</ol>' if items else ""
+
+
+def _copies(facts: Facts) -> str:
+    """What of the last sample stands in the training text, as `look.copies` found it: longest passages first."""
+    if not facts.copies:
+        return ""
+    text = facts.copies["text"]
+    rows = "".join(
+        f"<tr><td>{p['bytes']:,}</td><td>{_shown(p['source'] or 'document {:,}'.format(p['document']))}, line {p['line']:,}</td>"
+        f"<td><q>{_shown(text[p['start'] : p['end']])}</q></td></tr>"
+        for p in facts.copies["passages"][:MOST_PASSAGES]
+    )
+    head = '<thead><tr><th scope="col">bytes</th><th scope="col">where</th><th scope="col">passage</th></tr></thead>'
+    table = f'<table class="passages">{head}<tbody>{rows}</tbody></table>' if rows else ""
+    return f'<p>{_shown(facts.copies["sentence"])}</p>{table}<p class="note">Of the sample of step {facts.copies["step"]:,}.</p>'
 
 
 def _sources(facts: Facts) -> list[str]:
