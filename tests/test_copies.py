@@ -15,9 +15,12 @@ from test_cli import run
 import nanogpt
 from nanogpt.errors import Notice, UserError
 from nanogpt.files import cache_dir
+from nanogpt.library import training
 from nanogpt.look import copies as module
 from nanogpt.look import html, terminal
-from nanogpt.look.copies import LEAST, TRIED, copies, open_index
+from nanogpt.look import index as index_module
+from nanogpt.look.copies import LEAST, TRIED, copies
+from nanogpt.look.index import open_index
 from nanogpt.tokenizer import train_tokenizer
 
 ENDS = "..,,;;\n"
@@ -89,8 +92,8 @@ def test_all_passages_are_found_as_by_trying_all(alphabet, sizes, parts, seed, k
 
 @pytest.mark.parametrize("kind", ["char", "byte", "word", "bpe"])
 def test_a_planted_copy_is_found_to_the_character(kind, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", 16)
-    monkeypatch.setattr(module, "PIECE", 64)
+    monkeypatch.setattr(index_module, "BLOCK", 16)
+    monkeypatch.setattr(index_module, "PIECE", 64)
     documents = [prose(seed, 60) for seed in range(5)]
     index = index_of(documents, kind, prose(99, 200))
     planted = documents[3][417:700]
@@ -173,20 +176,37 @@ def test_short_texts_have_no_copies(text, share):
 
 def test_fresh_text_is_measured_in_stretches_as_long_as_the_text():
     document = prose(1, 300)
-    index = index_of([document], held_out=document[:500] + prose(2, 500))
+    index = index_of([document], held_out=document[:400] + prose(2, 500))
     found = copies(index, prose(3, 10))
     assert (found.fresh.windows, found.fresh.bytes) == (21, len(prose(3, 10).encode()))
     assert (found.fresh.share, found.fresh.longest) == (0.0, 0.0)
     longer = copies(index, prose(3, 2000))
     assert longer.fresh.windows == 1
-    assert longer.fresh.bytes == len((document[:500] + prose(2, 500)).encode()) + 1
-    assert longer.fresh.share == pytest.approx(500 / longer.fresh.bytes, rel=0.2)
+    assert longer.fresh.bytes == len((document[:400] + prose(2, 500)).encode()) + 1
+    assert longer.fresh.share == pytest.approx(400 / longer.fresh.bytes, rel=0.2)
+
+
+def test_documents_that_stand_in_both_parts_are_no_fresh_text():
+    """A corpus that holds documents twice: those held out that were also trained on say nothing of how much fresh text copies."""
+    documents = [prose(seed, 60) for seed in range(40)]
+    held_out = "".join(document for seed in range(20) for document in (documents[seed], prose(1000 + seed, 60)))
+    index = index_of(documents, held_out=held_out)
+    recited = copies(index, documents[7][200:700])
+    assert recited.fresh.doubled > 3
+    assert recited.fresh.windows + recited.fresh.doubled == 21
+    assert recited.fresh.share < 0.2
+    assert recited.recites
+    assert f"{recited.fresh.doubled} more did not count" in recited.sentence
+    only = copies(index_of(documents, held_out=documents[0] * 3), documents[7][200:700])
+    assert (only.fresh.windows, only.recites) == (0, True)
+    assert "stretches did not count" in only.sentence
+    assert copies(index_of(documents, held_out=prose(1000, 900)), prose(7, 9)).fresh.doubled == 0
 
 
 def test_only_the_first_part_of_a_huge_text_is_indexed_and_that_is_said(monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", 16)
-    monkeypatch.setattr(module, "PIECE", 64)
-    monkeypatch.setattr(module, "MOST_BYTES", 1000)
+    monkeypatch.setattr(index_module, "BLOCK", 16)
+    monkeypatch.setattr(index_module, "PIECE", 64)
+    monkeypatch.setattr(index_module, "MOST_BYTES", 1000)
     document = "".join(map(chr, range(33, 127))) * 3 + prose(1, 300)
     index = index_of([document], ends=False)
     assert (index.size, index.whole) == (1008, False)
@@ -194,7 +214,7 @@ def test_only_the_first_part_of_a_huge_text_is_indexed_and_that_is_said(monkeypa
     utf8 = document.encode()
     assert copies(index, utf8[940:1000].decode(errors="ignore")).passages
     assert not copies(index, utf8[1000:1040].decode(errors="ignore")).passages
-    monkeypatch.setattr(module, "MOST_BYTES", len(utf8))
+    monkeypatch.setattr(index_module, "MOST_BYTES", len(utf8))
     assert index_of([document], ends=False).whole
 
 
@@ -216,7 +236,7 @@ def test_the_index_is_stored_and_made_anew_for_another_text(tmp_path, monkeypatc
         assert copies(index_of(documents, path=path), documents[1]).passages
         assert path.read_bytes() == content
     assert [file.name for file in tmp_path.iterdir()] == ["copies.safetensors"]
-    monkeypatch.setattr(module, "save_file", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "read only")))
+    monkeypatch.setattr(index_module, "save_file", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "read only")))
     assert copies(index_of(documents[:2], path=path), documents[1]).passages
 
 
@@ -271,7 +291,8 @@ def test_a_training_text_that_is_gone_is_said(tmp_path, capsys):
     assert "validation split" not in capsys.readouterr().out
 
 
-def test_a_run_that_is_overwritten_loses_its_index(story, tmp_path):
+def test_a_run_that_is_overwritten_loses_its_index(story, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CHECKED_BYTES", 0)  # or the end of training would make it
     for overwrite in (False, True):
         nanogpt.train(story, tmp_path / "run", overwrite=overwrite, **TINY | LARGE)
         assert not (tmp_path / "run" / "copies.safetensors").exists()

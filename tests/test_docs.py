@@ -64,7 +64,8 @@ def test_a_script_of_the_docs_is_bash(script):
 
 
 @pytest.mark.parametrize(("document", "words"), BENCHMARKS, ids=lambda part: part if isinstance(part, str) else " ".join(part))
-def test_a_benchmark_of_the_docs_parses(document, words):
+def test_a_benchmark_of_the_docs_parses(document, words, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     script = runpy.run_path(str(ROOT / words[0]))
     script["app"].parse_args(words[1:], exit_on_error=False, print_error=False)
 

@@ -357,7 +357,7 @@ def test_the_command_prints_and_draws_and_gives_json(trained, story, tmp_path, c
     assert "\x1b" not in printed
     assert {"surprise": "bits:", "attention": "tokens back", "neurons": "validation split", "copies": "training text"}[what] in printed
     assert Reader(path.read_text()).tags[:2] == ["html", "head"]
-    assert run("look", tmp_path / "run", "--text", "The cat saw", f"--{what}", "--json") == 0
+    assert run("look", tmp_path / "run", "--text", "The cat saw", f"--{what}", "--json", "--dtype", "float32") == 0
     answer = json.loads(capsys.readouterr().out)
     seen = trained.look("The cat saw")
     direct = seen.neurons(n_excerpts=5) if what == "neurons" else getattr(seen, what)()

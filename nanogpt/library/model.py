@@ -23,7 +23,7 @@ from nanogpt.errors import Notice, UserError
 from nanogpt.evaluate import Loss, PositionLoss, Size, Verdict, evaluate, loss_by_position, ngram_losses
 from nanogpt.library.text import text_of
 from nanogpt.look import Look
-from nanogpt.look.copies import Index, open_index
+from nanogpt.look.index import Index, open_index
 from nanogpt.prepare import Prepared, is_prepared
 from nanogpt.sizes import token_dtype
 from nanogpt.tokenizer import Tokenizer

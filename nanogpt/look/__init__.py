@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from nanogpt.data import Tokens
 from nanogpt.errors import UserError
 from nanogpt.look import copies, inside
-from nanogpt.look.copies import Copies, Index
+from nanogpt.look.copies import Copies
+from nanogpt.look.index import Index
 from nanogpt.look.inside import Attention, Embedding, Excerpt, Neurons, Surprise
 from nanogpt.machine import Machine
 from nanogpt.model import GPT
