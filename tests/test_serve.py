@@ -313,6 +313,11 @@ def test_junk_is_refused_in_the_api_s_shape(server, body):
         assert set(json.loads(content)["error"]) == {"message", "type", "param", "code"}
 
 
+def test_who_wants_a_chat_is_told_what_there_is(client):
+    with pytest.raises(openai.NotFoundError, match="/v1/completions"):
+        client.chat.completions.create(model="a", messages=[{"role": "user", "content": "Hello"}])
+
+
 def test_a_temperature_of_almost_nothing_and_huge_ones(server):
     for temperature in (1e-300, 1e300, 0):
         assert server.post({"model": "a", "temperature": temperature})[0] == 200
@@ -580,6 +585,15 @@ def test_a_damaged_model_is_told_of_and_may_be_mended(inside, tmp_path):
         assert (answer.status_code, "damaged" in answer.json()["error"]["message"]) == (400, True)
         make_run(tmp_path / "bad", 0)
         assert client.post("/v1/completions", json={"model": "bad"}).status_code == 200
+
+
+def test_a_link_that_leads_out_of_the_folder_is_no_model(runs, tmp_path):
+    make_run(tmp_path / "served" / "own", 0)
+    (tmp_path / "served" / "also").symlink_to(tmp_path / "served" / "own")
+    (tmp_path / "served" / "whole").symlink_to(runs / "a")
+    (tmp_path / "served" / "file").mkdir()
+    (tmp_path / "served" / "file" / "model.safetensors").symlink_to(runs / "b" / "model.safetensors")
+    assert Models(tmp_path / "served").names == ["also", "own"]
 
 
 def test_only_so_many_models_are_kept(inside, tmp_path, monkeypatch):

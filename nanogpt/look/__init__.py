@@ -1,6 +1,6 @@
 """Looking inside a model, as plain data: for a page, a notebook, a terminal, or a file.
 
-In: a model, a text, and for copies the tokens it was trained on. Out: a `Look`, whose methods give the dataclasses of `inside` and `copies`.
+In: a model, a text, and for copies the tokens it was trained on. Out: a `Look`, whose methods give the dataclasses of `findings` and `copies`.
 
 `inside` is what happens while the model reads the text, `copies` what of the text stands verbatim in the training text; `html` and `terminal` draw both.
 """
@@ -13,8 +13,8 @@ from nanogpt.data import Tokens
 from nanogpt.errors import UserError
 from nanogpt.look import copies, inside
 from nanogpt.look.copies import Copies
+from nanogpt.look.findings import Attention, Embedding, Excerpt, Neurons, Surprise
 from nanogpt.look.index import Index
-from nanogpt.look.inside import Attention, Embedding, Excerpt, Neurons, Surprise
 from nanogpt.machine import Machine
 from nanogpt.model import GPT
 from nanogpt.tokenizer import Tokenizer

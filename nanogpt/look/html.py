@@ -1,6 +1,6 @@
 """What was found, drawn: fragments of HTML for a notebook, and whole pages that need no network.
 
-In: the dataclasses of `inside` and `copies`. Out: HTML in which all text is escaped; colours are laid over whatever ground there is, dark or light.
+In: the dataclasses of `findings` and `copies`. Out: HTML in which all text is escaped; colours are laid over whatever ground there is, dark or light.
 """
 
 import base64
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt.look.copies import Copies
-from nanogpt.look.inside import Attention, Embedding, Neurons, Surprise
+from nanogpt.look.findings import Attention, Embedding, Neurons, Surprise
 
 LABELS = 1500  # tokens that a map of the alphabet shows
 CONTEXT = 12  # tokens that are shown before a place

@@ -1,6 +1,6 @@
 """What was found, for a terminal: things that rich can print.
 
-In: the dataclasses of `inside` and `copies`, and `shown`, which makes text harmless to where it is printed. Out: renderables; nothing is printed here.
+In: the dataclasses of `findings` and `copies`, and `shown`, which makes text harmless to where it is printed. Out: renderables; nothing is printed here.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nanogpt.look.copies import Copies
-from nanogpt.look.inside import Attention, Neurons, Surprise
+from nanogpt.look.findings import Attention, Neurons, Surprise
 
 SHADES = ("", "black on #ffe9b8", "black on #ffcd85", "black on #ff9f5c", "white on #e4572e", "white on #b01e1e")  # the darker, the more
 COLD = ("", "black on #d6e6fb", "black on #a9cdf7", "black on #74aaf0", "white on #3f7fd8", "white on #1f55a8")

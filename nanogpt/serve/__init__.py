@@ -140,5 +140,6 @@ async def _refuse(request: Request, error: Exception) -> Response:
         return wire.ApiError(400, str(error)).response()
     if isinstance(error, wire.ApiError) or not isinstance(error, HTTPException):
         return wire.failure(error).response()
-    what = {404: f"There is nothing at {path}.", 405: f"{path} does not take {request.method}.", 400: "The body cannot be read as JSON."}
+    chat = " The models here continue texts and know no chats: POST a prompt to /v1/completions." if path.startswith("/v1/chat") else ""
+    what = {404: f"There is nothing at {path}.{chat}", 405: f"{path} does not take {request.method}.", 400: "The body cannot be read as JSON."}
     return wire.ApiError(error.status_code, what.get(error.status_code, error.detail), headers=error.headers).response()

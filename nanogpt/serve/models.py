@@ -35,7 +35,8 @@ class Models:
         if self.path.is_file():
             return {self.path.absolute().parent.name if self.path.name == "model.safetensors" else self.path.stem: self.path}
         found = [self.path / "model.safetensors", *sorted(self.path.glob("*/model.safetensors"))]
-        return {file.absolute().parent.name: file for file in found if file.is_file()}
+        served = self.path.resolve()  # a link that leads out of it is none of the models
+        return {file.absolute().parent.name: file for file in found if file.is_file() and file.resolve().is_relative_to(served)}
 
     @property
     def names(self) -> list[str]:

@@ -95,7 +95,7 @@ def follow(request: Request, name: str, kind: str, offset: int = 0, file: str = 
 
 @router.post("/page/look/surprise")
 async def surprise(request: Request, question: _Question) -> Response:
-    """How well the model foresaw each token of a text: see `look.inside.Surprise`."""
+    """How well the model foresaw each token of a text: see `look.findings.Surprise`."""
     return await _look(request, question, lambda model: model.look(question.text).surprise().asdict())
 
 
@@ -115,7 +115,7 @@ async def attention(request: Request, question: _Question) -> Response:
 
 @router.post("/page/look/neurons")
 async def neurons(request: Request, question: _NeuronQuestion) -> Response:
-    """What a neuron does while the text is read: see `look.inside.Neurons`; and how many `layers` there are to choose from."""
+    """What a neuron does while the text is read: see `look.findings.Neurons`; and how many `layers` there are to choose from."""
 
     def look(model: "Model") -> dict[str, Any]:
         look = model.look(question.text)
@@ -132,7 +132,7 @@ async def exciting(request: Request, question: _NeuronQuestion) -> Response:
 
 @router.post("/page/look/embedding")
 async def embedding(request: Request, question: _Question) -> Response:
-    """The alphabet as a map: see `look.inside.Embedding`."""
+    """The alphabet as a map: see `look.findings.Embedding`."""
     return await _look(request, question, lambda model: model.look("").embedding().asdict())
 
 

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from nanogpt.optim import Optimizer, schedule
 from nanogpt.prepare import Prepared
 from nanogpt.report import Began, Evaluated, Event, Finished, Interrupted, Paced, Sampled, Saved, Saving, Stepped
 from nanogpt.trainer.building import build, fitted
+from nanogpt.trainer.position import Position
 
 __all__ = ["Position", "Trainer", "build", "fitted"]
 
@@ -40,32 +41,6 @@ SAMPLE = SamplingConfig(max_tokens=200)
 EVALUATION_SHARE, EVALUATIONS_SHARE = 0.02, 0.04  # of the run's arithmetic may go into one evaluation, and into all,
 FEWEST_TOKENS = 8192  # except that fewer tokens tell nothing
 STRAGGLING = 1.5  # times the usual time of a process for its part of a step: it holds up all others
-
-
-@dataclass
-class Position:
-    """How far a run has come: with the weights and the optimiser's state, all that it takes to go on."""
-
-    step: int = 0
-    seconds: float = 0.0  # of training, evaluations included
-    overhead: float = 0.0  # and of getting ready, in each part of the run
-    expected_steps: float = 0.0  # that the run was taken to have when it began: all of them, or as many as seemed to fit into its time
-    nats: float = 0.0  # training loss since the last evaluation, as a sum
-    tokens: int = 0  # and a count
-    before: float | None = None  # validation loss of the earlier model that the run began from, if it did,
-    before_tokens: int = 0  # and on how many tokens
-    val_tokens: int | None = None  # that an evaluation during the run takes, None for all: always the same, or "best" would mean nothing
-    history: list[Point] = field(default_factory=list)
-
-    @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> "Position":
-        """The position that was saved as JSON."""
-        return cls(**{**saved, "history": [Point(**point) for point in saved["history"]]})
-
-    @property
-    def best(self) -> Point | None:
-        """The evaluation with the lowest validation loss; None before the first."""
-        return min(self.history, key=lambda point: point.val_loss, default=None)
 
 
 class Trainer:
@@ -196,8 +171,8 @@ class Trainer:
         """The same, without a second try. Each row has its own dropout key, so that the parts make no difference but by rounding. Of many processes each
         adds up those of its rows, and gets with the last part those of all, unless it is `alone`; the nats are its own."""
         (*tensors, count), rows = self.upcoming, self.settings.micro_batch_size or len(self.rows)
-        summed, begin = torch.zeros((), device=self.machine.device), self.machine.moment()
         parts = list(zip(*(tensor.split(rows) for tensor in tensors), strict=True))
+        summed, begin = torch.zeros((), device=self.machine.device), self.machine.moment()
         for number, (x, y, keys) in enumerate(parts, start=1):  # (b, T), (b, T), (b,)
             with self.alone() if alone else self.waiting() if number < len(parts) else nullcontext():
                 with self.machine.autocast():
