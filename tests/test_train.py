@@ -396,6 +396,16 @@ def test_another_text_is_refused(story, tmp_path):
     assert (run / "model.safetensors").read_bytes() != before
 
 
+def test_resuming_where_no_run_is_names_those_that_there_are(story, tmp_path):
+    with pytest.raises(UserError, match="Begin one: nanogpt train TEXT"):
+        nanogpt.train([], tmp_path / "typo", resume=True)
+    nanogpt.train(story, tmp_path / "right", **TINY | {"steps": 2})
+    with pytest.raises(UserError, match=f"There is no run in {tmp_path / 'typo'} to go on with.\nRuns that can go on: {tmp_path / 'right'}"):
+        nanogpt.train([], tmp_path / "typo", resume=True)
+    assert not (tmp_path / "typo").exists()
+
+
+
 def test_without_state_resume_starts_afresh_and_says_so(story, tmp_path):
     with pytest.warns(Notice, match="starting afresh"):
         nanogpt.train(story, tmp_path / "new", resume=True, **RUN | {"steps": 2})

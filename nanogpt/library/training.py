@@ -180,6 +180,10 @@ def _begin(run: Path, asked: _Asked, ranks: machine.Ranks) -> _Beginning:
     checkpoint.require_run_folder(run, **again)
     resuming = again["resume"] and checkpoint.latest_step(run) is not None
     if asked.resume and not resuming:
+        if not asked.sources:
+            others = sorted(str(path.parent.parent) for path in run.parent.glob("*/state/latest"))
+            there = f"Runs that can go on: {', '.join(others[:10])}." if others else "Begin one: nanogpt train TEXT"
+            raise UserError(f"There is no run in {run} to go on with.", there)
         warnings.warn(f"There is no saved state in {run}: starting afresh.", Notice, stacklevel=2)
     given = asked.chosen(resuming)
     earlier = finetune.earlier_model(asked.init_from, given) if asked.init_from is not None and not resuming else None
