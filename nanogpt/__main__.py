@@ -1,16 +1,35 @@
-"""`python -m nanogpt`: the command `nanogpt`, also where scripts are not on the path."""
+"""The command `nanogpt`, and `python -m nanogpt`, also where scripts are not on the path.
+
+In: words. Out: an exit code. Ctrl-C is 130 from the first moment on: what the command line needs is imported here, where it is waited for.
+"""
 
 import os
+import signal
 import sys
+from typing import NoReturn
 
-from nanogpt.cli import main
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the command line, and leave as it does."""
     try:
-        main()
+        from nanogpt.cli import main as command
+
+        command()
+    except KeyboardInterrupt:
+        _leave(130)
     except SystemExit as end:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(end.code, int | None):
-            raise
+        _leave(end.code)
+
+
+def _leave(code: int | str | None) -> NoReturn:
+    if code == 130:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # who is impatient presses it again
+    if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(code, int | None):
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        os._exit(end.code or 0)  # of many processes: threads of gloo that are left abort a process that ends in the ordinary way
+        os._exit(code or 0)  # of many processes: threads of gloo that are left abort a process that ends in the ordinary way
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -107,7 +107,11 @@ def compare(runs: Sequence[str | os.PathLike[str]]) -> Comparison:
     for run in found:
         for group in members:
             if _same_but_for_the_seed(group[0], run):
-                group.append(run)
+                twin = next((other for other in group if _is_copy(run, other)), None)
+                if twin is None:
+                    group.append(run)
+                else:
+                    run.remarks.append(f"the same run as {twin.run}, number for number; it counts once.")
                 break
         else:
             members.append([run])
@@ -223,6 +227,12 @@ def _same_but_for_the_seed(one: Run, other: Run) -> bool:
         return False
     texts = (one.fingerprint, one.validation) == (other.fingerprint, other.validation)
     return texts and all(_same(name, one, other) for name in one.settings if name not in ALIKE)
+
+
+def _is_copy(one: Run, other: Run) -> bool:
+    """Whether two runs are one: chance says no more of it for being there twice."""
+    same = (one.settings, one.bits_per_byte) == (other.settings, other.bits_per_byte)
+    return same and [point["bits_per_byte"] for point in one.evaluations] == [point["bits_per_byte"] for point in other.evaluations]
 
 
 def _differing(runs: list[Run]) -> list[str]:

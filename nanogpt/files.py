@@ -96,7 +96,8 @@ def discard(path: Path) -> None:
 def require_space(path: Path, needed: int) -> None:
     """Raise `UserError` unless `needed` bytes are free where `path` is or will be."""
     existing = next(folder for folder in [path.absolute(), *path.absolute().parents] if folder.exists())
-    if shutil.disk_usage(existing).free < needed:
+    usage = shutil.disk_usage(existing)
+    if usage.total and usage.free < needed:  # what has no size, such as /proc, is no disk: it says itself what it refuses
         raise disk_full(path, needed)
 
 

@@ -54,6 +54,14 @@ def run(*words):
     return leave.value.code or 0
 
 
+def test_a_copied_run_is_no_second_seed(make_run):
+    first, copy, other = make_run("first", bits=2.0), make_run("copy", bits=2.0), make_run("other", bits=2.2, seed=5)
+    found = compare([first, copy, other])
+    (group,) = found.groups
+    assert (group.n, group.bits_per_byte) == (2, pytest.approx(2.1))
+    assert [run.remarks for run in found.runs] == [[], [f"the same run as {first}, number for number; it counts once."], []]
+
+
 def test_a_run_tells_its_result(trained):
     found = compare([trained])
     (run,), model = found.runs, nanogpt.load(trained)

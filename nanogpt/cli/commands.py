@@ -362,6 +362,8 @@ def bench(*, as_json: AsJson = False, settings: Settings = Config()) -> None:
     from nanogpt import report
     from nanogpt.bench import bench
 
+    if not as_json:
+        print("Measuring, for about half a minute; longer where the compiler runs for the first time.", file=sys.stderr, flush=True)
     found = bench(flatten(settings, explicit=True))
     print(json.dumps(asdict(found))) if as_json else report.show_speed(found)
 

@@ -33,7 +33,10 @@ def foresee(
         given |= chosen
     settled = resolve(given)
     corpus = corpus_of(text_bytes, tokenizer, vocab_size, nodes) if text_bytes else None
-    return plan(settled.model, settled.training, settled.machine, vocab_size, cluster, corpus, price)
+    found = plan(settled.model, settled.training, settled.machine, vocab_size, cluster, corpus, price)
+    if settled.text.vocab_size is None:
+        found.hints.append(f"Counted with {vocab_size:,} different tokens, as a text may have; --vocab-size gives another number.")
+    return found
 
 
 def _here(

@@ -45,6 +45,7 @@ class Job:
     def __init__(self, worker: "Worker", texts: int, streamed: bool, seconds: float):
         """After so many `seconds` they end as they are."""
         self.begun, self.unfinished, self.streamed, self.tokens = time.monotonic(), texts, streamed, 0
+        self.writing_since = self.begun  # once it is
         self.begun_writing = False  # the thread's
         self._worker, self._news = worker, asyncio.Event()
         self._error: Exception | None = None
@@ -174,11 +175,12 @@ class Worker:
         """Receive what the thread made, on the event loop."""
         now = time.monotonic()
         for job in first:
+            job.writing_since = now
             self._metrics.first_token.observe(now - job.begun)
         for job, index, piece in made:
             if piece.finish is not None:
                 self.open -= 1
-                self._text_seconds += 0.1 * (now - job.begun - self._text_seconds)
+                self._text_seconds += 0.1 * (now - job.writing_since - self._text_seconds)  # without the wait in the line, which is foreseen from it
             job.add(index, piece)
         self._metrics.count_tokens(self.name, "completion", sum(piece.token is not None for _, _, piece in made))
 
