@@ -240,7 +240,7 @@ def test_a_damaged_model_points_at_the_state_that_is_there(trained, capsys):
 
 
 def test_a_full_disk_is_said_before_step_one(story, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("nanogpt.files.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("nanogpt.files.shutil.disk_usage", lambda path: type("Usage", (), {"total": 10**9, "free": 1000}))
     assert run("train", story, "--out", tmp_path / "run", *SMALL) == 2
     message = capsys.readouterr().err
     assert "disk is full" in message

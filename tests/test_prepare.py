@@ -270,7 +270,7 @@ def test_an_empty_validation_text_is_refused_though_the_text_was_prepared_before
 
 
 def test_a_full_disk_is_known_before_anything_is_written(story, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, free=1000))
     size = story.stat().st_size
     with pytest.raises(UserError, match=rf"The disk is full: 0\.0 MB are free for .*, {size * 2 / 1e6:,.1f} MB are needed"):
         make(story)
@@ -278,7 +278,7 @@ def test_a_full_disk_is_known_before_anything_is_written(story, monkeypatch):
 
 
 def test_a_disk_that_just_suffices_suffices(story, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * story.stat().st_size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, free=2 * story.stat().st_size))
     make(story)
 
 

@@ -482,7 +482,7 @@ def test_resume_never_replaces_a_model_whose_state_is_lost(story, tmp_path, whol
 
 def test_an_old_run_is_replaced_only_when_the_new_one_fits_on_the_disk(story, whole, monkeypatch):
     before = sorted(path.name for path in whole.iterdir())
-    monkeypatch.setattr("nanogpt.files.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("nanogpt.files.shutil.disk_usage", lambda path: type("Usage", (), {"total": 10**9, "free": 1000}))
     with pytest.raises(UserError, match="disk is full"):
         nanogpt.train(story, whole, overwrite=True, **RUN)
     assert sorted(path.name for path in whole.iterdir()) == before
