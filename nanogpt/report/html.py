@@ -147,7 +147,7 @@ def _with_flags(text: str) -> str:
 
 
 def _slug(title: str) -> str:
-    return title.lower().replace(" ", "-")
+    return title.lower().replace(" ", "-").rstrip("?")
 
 
 def _head(facts: Facts, name: str) -> str:
