@@ -1,6 +1,6 @@
 """How long it takes to look at a text: surprise, attention, neurons, the alphabet and copies, with a model of the seed's shape. Medians with their extremes.
 
-    python benchmarks/look.py [--text shakespeare] [--characters 1000] [--rounds 5]
+python benchmarks/look.py [--text shakespeare] [--characters 1000] [--rounds 5]
 """
 
 import tempfile

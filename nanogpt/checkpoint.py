@@ -12,7 +12,8 @@ state/STEP/ (the last: weights, optimiser, position), where state/latest names t
 import hashlib
 import json
 import math
-from contextlib import nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,31 +155,61 @@ def clear_run_folder(run: Path) -> None:
         discard(run / name)
 
 
-def save_state(run: Path, step: int, model: GPT, optimizer: Optimizer, position: dict[str, Any], ranks: Ranks = Ranks()) -> None:
+def save_state(run: Path, step: int, model: GPT, optimizer: Optimizer, position: dict[str, Any], ranks: Ranks = Ranks()) -> Future[None] | None:
     """Write all that the run needs to go on after `step`, make it the latest, and drop the older ones.
 
-    Killed at any moment, the folder still has the state that `latest` names.
+    Killed at any moment, the folder still has the state that `latest` names. Where each process holds a part, it copies it, and a thread writes the copy into
+    the folder of the first while training goes on: the result comes when that is done, or has its error.
     """
     states = run / "state"
+
+    def make_latest() -> None:
+        if ranks.is_first:
+            write_text(states / "latest", str(step))
+            for other in states.iterdir():
+                if other.name not in ("latest", str(step)):
+                    discard(other)
+
     if ranks.of_first(latest_step(run)) == step:
-        return
+        return None
     if ranks.is_first:
         discard(states / str(step))  # a killed process may have come this far, but not to naming it the latest
-    with replacing(states / str(step)) if ranks.is_first else nullcontext(run) as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(replacing(states / str(step)) if ranks.is_first else nullcontext(run))
         if ranks.is_first:
             folder.mkdir()
             (folder / "position.json").write_text(json.dumps(position), encoding="utf-8")
-        if ranks.sharded:  # each process writes its part, into the folder of the first
-            save_shards(Path(ranks.of_first(str(folder))), model.state_dict() | optimizer.state_tensors())
-        else:
-            _write_tensors(folder / "weights.safetensors", model.state_dict(), {}, ranks)
-            _write_tensors(folder / "optimizer.safetensors", optimizer.state_tensors(), {}, ranks)
-    if not ranks.is_first:
-        return
-    write_text(states / "latest", str(step))
-    for other in states.iterdir():
-        if other.name not in ("latest", str(step)):
-            discard(other)
+        if ranks.sharded:
+            parts = {name: tensor.detach().to("cpu", copy=True) for name, tensor in (model.state_dict() | optimizer.state_tensors()).items()}
+            place, group, finish = Path(ranks.of_first(str(folder))), ranks.beside(), stack.pop_all()
+
+            def write() -> None:
+                with finish:
+                    save_shards(place, parts, group)
+                make_latest()
+
+            pool = ThreadPoolExecutor(1)
+            written = pool.submit(write)
+            pool.shutdown(wait=False)
+            return written
+        _write_tensors(folder / "weights.safetensors", model.state_dict(), {}, ranks)
+        _write_tensors(folder / "optimizer.safetensors", optimizer.state_tensors(), {}, ranks)
+    make_latest()
+    return None
+
+
+@torch.no_grad()
+def take_best(run: Path, model: GPT, ranks: Ranks = Ranks()) -> dict[str, Any]:
+    """Fill a model with the weights of the run's model file, and give the file's summary. Each process that holds a part reads its part. Errors: as `load`."""
+    if ranks.sharded:
+        try:
+            load_shards(run, model.state_dict())
+        except ValueError as error:
+            raise UserError(f"{run / 'model.safetensors'} is damaged: {error}.") from error
+        return ranks.of_first(ranks.decided(lambda: describe(run)[0]))
+    best = ranks.decided(lambda: load(run))
+    take_weights(model, best.model if best else None, ranks)
+    return ranks.of_first(best and best.summary)
 
 
 @torch.no_grad()

@@ -26,16 +26,28 @@ KINDS = [(arch, optimizer, micro) for arch in ("classic", "modern") for optimize
 OF_FOUR = [("classic", "adamw", None), ("modern", "adamw", 1), ("modern", "muon", None)]
 STOPPED = ("modern", "muon", None)  # the kind of the runs that are stopped and go on
 WORKER = """
-import json, os, signal, sys
+import json, os, signal, sys, threading
 import nanogpt
-from nanogpt import trainer
-from nanogpt.report import Stepped
+from nanogpt import checkpoint, trainer
+from nanogpt.report import Saved, Stepped
+save_shards = checkpoint.save_shards
 trainer.SAMPLE = trainer.SAMPLE.model_copy(update={"max_tokens": 2})
 for job in json.loads(sys.argv[1]):
-    os.environ["MASTER_PORT"], stop = str(job.pop("port")), job.pop("stop", None)
-    asked = lambda event: signal.raise_signal(signal.SIGTERM) if isinstance(event, Stepped) and event.step == stop else None
+    os.environ["MASTER_PORT"], stop, held = str(job.pop("port")), job.pop("stop", None), job.pop("held", None)
+    later, seen = threading.Event(), []
+    def on_event(event):
+        seen.append((type(event), getattr(event, "step", None)))
+        if isinstance(event, Stepped) and event.step == stop:
+            signal.raise_signal(signal.SIGTERM)
+        if isinstance(event, Stepped) and event.step == held:
+            later.set()
+    def written_later(*parts):
+        assert os.environ["RANK"] != "0" or later.wait(60), f"no step {held} while the state was being saved"
+        save_shards(*parts)
+    checkpoint.save_shards = save_shards if held is None else written_later
     try:
-        nanogpt.train(**job, on_event=asked)
+        nanogpt.train(**job, on_event=on_event)
+        assert held is None or not seen or seen.index((Stepped, held)) < seen.index((Saved, 3))
         assert stop is None
     except SystemExit as end:
         assert (end.code, stop is not None) == (143, True), end
@@ -113,6 +125,7 @@ def runs(tmp_path_factory):
     with pytest.raises(SystemExit):
         nanogpt.train(**job(STOPPED, "stopped-1"), on_event=stop_after_three)
     jobs[2] += [job(STOPPED, f"stopped-{way}", parallel=way, stop=3) for way in ("ddp", "fsdp")]
+    jobs[2].append(job(STOPPED, "held-fsdp", parallel="fsdp", held=4))
     together(2, jobs[2])
     for before in ("1", "ddp", "fsdp"):
         assert checkpoint.latest_step(folder / f"stopped-{before}") == 3
@@ -155,6 +168,10 @@ def test_two_processes_that_go_on_equal_two_that_never_stopped_bit_for_bit(runs,
 @pytest.mark.parametrize("before", ["1", "ddp", "fsdp"])
 def test_a_run_goes_on_in_another_number_of_processes_and_another_way(runs, before, size, way):
     equal(runs / f"{before}-then-{size}-{way}", runs / f"{'-'.join(map(str, STOPPED))}-1", tolerance(STOPPED[1]))
+
+
+def test_training_goes_on_while_sharded_weights_are_written(runs):
+    equal(runs / "held-fsdp", runs / f"{'-'.join(map(str, STOPPED))}-1", tolerance(STOPPED[1]))
 
 
 def test_the_pace_of_every_process_is_in_the_log(runs):

@@ -93,9 +93,10 @@ def test_rounded_weights_are_those_of_the_dequantized_model(place, arch, precisi
     ids = some_ids(model, 20)
     expected = write(TorchDecoder(dequantized(model, precision), place), 0, ids[:9], ids[9:])
     found = write(FastDecoder(model, precision), 0, ids[:9], ids[9:])
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    close = 1e-5 if precision == "bfloat16" else 1e-3  # a key that lies between two integers may be rounded to either
+    np.testing.assert_allclose(found, expected, rtol=0, atol=close * np.abs(expected).max())
     unrounded = write(FastDecoder(model, "float32"), 0, ids[:9], ids[9:])
-    assert np.abs(found - unrounded).max() > 1e-4 * np.abs(expected).max()
+    assert np.abs(found - unrounded).max() > 2 * close * np.abs(expected).max()
 
 
 def test_int8_is_off_by_half_a_step_at_most_and_a_row_of_zeros_stays():

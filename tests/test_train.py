@@ -405,7 +405,6 @@ def test_resuming_where_no_run_is_names_those_that_there_are(story, tmp_path):
     assert not (tmp_path / "typo").exists()
 
 
-
 def test_without_state_resume_starts_afresh_and_says_so(story, tmp_path):
     with pytest.warns(Notice, match="starting afresh"):
         nanogpt.train(story, tmp_path / "new", resume=True, **RUN | {"steps": 2})

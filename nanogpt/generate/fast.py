@@ -44,8 +44,11 @@ class FastDecoder:
         self._weights = packed(model, precision)
         self._stage = sum(getattr(self._weights, name).size for name in kernels.MATRICES) / (5 * config.n_layer + 1)  # multiply-adds in one, for a token
         S = -(-config.context_length // P) * P
-        self._keys = np.zeros((config.n_layer, rows, kv_heads, S // P, D, P), np.float32)
-        self._values = np.zeros((config.n_layer, rows, kv_heads, -(-D // P), S, P), np.float32)
+        kept, in_pairs = (np.int8, 2) if precision == "int8" else (np.float32, 1)
+        of_heads = config.n_layer, rows, kv_heads
+        keys, values = ((*of_heads, outputs // P, -(-inputs // in_pairs), in_pairs * P) for outputs, inputs in ((S, D), (-(-D // P) * P, S)))
+        self._cache = kernels.Cache(np.zeros(keys, kept), np.ones((*of_heads, S), np.float32), np.zeros(values, kept), np.ones((*of_heads, S), np.float32))
+        self._multiplied = np.empty(0, np.int16 if precision == "int8" else np.float32)
 
     def prefill(self, row: int, ids: Sequence[int]) -> np.ndarray:
         """Begin the row anew with ids, 1 to context_length of them -> (V,) float32, the logits of what follows."""
@@ -66,7 +69,7 @@ class FastDecoder:
         self.lengths[places] += np.diff(starts)
         assert self.lengths[places].max() <= self.context_length, "more tokens than the context holds"
         assert ((tokens >= 0) & (tokens < self.vocab_size)).all(), "no token of this model"
-        inputs = self._shape, self._weights, self._keys, self._values, texts, tokens
+        inputs = self._shape, self._weights, self._cache, texts, tokens, self._multiplied
         if self.threads == 1 or len(tokens) * self._stage < WORTH_SHARING:
             return kernels.read(*inputs, 1)[:, : self.vocab_size]
         with self._together:
@@ -103,12 +106,14 @@ def packed(model: GPT, precision: Precision) -> kernels.Weights:
 
 
 def panels(weight: Tensor, scale: Tensor, bias: Tensor | None, parts: int = 1) -> tuple[Tensor, Tensor]:
-    """A matrix (N, K) as panels (P, K, 64), and its scale and bias (2, 64 P); so many parts of the outputs, all of one width, each in panels of its own."""
+    """A matrix (N, K) as panels (P, K, 64), or of int8 (P, K / 2, 128), and its scale and bias (2, 64 P); so many parts of the outputs, all of one width,
+    each in panels of its own."""
     bias = torch.zeros(len(weight)) if bias is None else bias
-    missing = -(len(weight) // parts) % kernels.PANEL
-    outputs = [F.pad(part, (0, 0, 0, missing)) for part in weight.chunk(parts)]  # (64 P / parts, K) each
+    missing, together = -(len(weight) // parts) % kernels.PANEL, 2 if weight.dtype == torch.int8 else 1
+    outputs = [F.pad(part, (0, weight.shape[1] % together, 0, missing)) for part in weight.chunk(parts)]  # (64 P / parts, K) each
     after = [F.pad(part, (0, missing)) for part in torch.stack([scale, bias]).chunk(parts, dim=1)]
-    return torch.cat(outputs).unflatten(0, (-1, kernels.PANEL)).transpose(1, 2), torch.cat(after, dim=1)
+    paneled = torch.cat(outputs).unflatten(0, (-1, kernels.PANEL)).unflatten(2, (-1, together))  # (P, 64, K / together, together)
+    return paneled.transpose(1, 2).flatten(2), torch.cat(after, dim=1)
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:

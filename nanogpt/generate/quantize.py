@@ -1,16 +1,18 @@
 """Weights in fewer bytes: the writing of text reads every weight once for each token, so that its speed is that of reading them.
 
-In: a model. Out: its matrices, rounded to int8 or bfloat16, or as they are; and the model that has just these rounded weights, to be evaluated.
+In: a model. Out: its matrices, rounded to int8 or bfloat16, or as they are; and the model that computes with what is rounded so, to be evaluated.
 """
 
 import copy
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from nanogpt.model import GPT
+from nanogpt.model import GPT, Block
 
+Heads = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 Precision = Literal["int8", "bfloat16", "float32"]
 
 
@@ -28,12 +30,30 @@ def rounded(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def dequantized(model: GPT, precision: Precision) -> GPT:
-    """A copy of the model whose products are with the weights of `rounded`: what an evaluation measures of it holds for `FastDecoder` with that precision."""
+    """A copy of the model whose products are with the weights of `rounded`, and for int8 with keys and values that are rounded alike: what an evaluation
+    measures of it holds for `FastDecoder` with that precision."""
     model = copy.deepcopy(model)
     for weight in [*(model.get_parameter(name) for name in model.matrices()), head_matrix(model)]:
-        integers, scale = rounded(weight, precision)
-        weight.copy_(integers.float() * scale[:, None])
+        weight.copy_(_as_rounded(weight, precision))
+    if precision == "int8":
+        for block in cast(list[Block], list(model.blocks)):
+            block.attn.heads = _with_rounded_cache(block.attn.heads)  # type: ignore[method-assign]
     return model
+
+
+def _as_rounded(matrix: Tensor, precision: Precision) -> Tensor:
+    numbers, scale = rounded(matrix, precision)
+    return numbers.float() * scale[:, None]
+
+
+def _with_rounded_cache(heads: Heads) -> Heads:
+    """`Attention.heads` with keys and values (B, K, T, D) as an int8 cache keeps them: with a scale for each head of each token."""
+
+    def rounding(x: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = heads(x, turn)
+        return q, *(_as_rounded(part.reshape(-1, part.shape[3]), "int8").view(part.shape).type_as(part) for part in (k, v))
+
+    return rounding
 
 
 def head_matrix(model: GPT) -> Tensor:

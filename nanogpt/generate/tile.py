@@ -1,6 +1,6 @@
 """The innermost loop of every product, and how it is compiled: what Numba's own language cannot say.
 
-In: a panel of weights, 64 outputs side by side, and rows of numbers. Out: their products, each one chain of multiply-adds.
+In: a panel of weights, 64 outputs side by side, and rows of numbers. Out: their products: of floats each one chain of multiply-adds, of integers exact.
 """
 
 import hashlib
@@ -42,18 +42,22 @@ def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
 
 
 def tile(R: int, width: int) -> Any:
-    """Make the inner loop of every product: tile(panel, x, y) with y (R, width) = x (R, K or more) @ panel (K, width).
+    """Make the inner loop of every product: tile(panel, x, y) with y (R, width) float32 = x (R, K or more) @ panel (K, width).
 
     It is written in LLVM's own language, with one accumulator for each row and each 16 outputs, since no compiler finds this loop by itself.
-    The panel's type, int8, uint16 (the upper half of a float32, which is a bfloat16) or float32, says how 16 weights become floats.
+    The panel's type says what x is: float32 beside float32 or uint16 (the upper half of a float32, which is a bfloat16), and int16 beside int8. There, two
+    weights of an output lie side by side, the panel is (K / 2, 2 width), and one instruction adds two products to a sum in 32 bits.
     """
-    vector, i32, i64 = ir.VectorType(ir.FloatType(), LANES), ir.IntType(32), ir.IntType(64)
-    pointer = ir.IntType(8).as_pointer()
+    i8, i16, i32, i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+    integers, floats, pairs = ir.VectorType(i32, LANES), ir.VectorType(ir.FloatType(), LANES), ir.VectorType(i32, 2 * LANES)
+    pointer = i8.as_pointer()
+    even, odd = (ir.Constant(integers, list(range(first, 2 * LANES, 2))) for first in (0, 1))
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         panel, x, y = (make_array(kind)(context, builder, value) for kind, value in zip(signature.args, arguments, strict=True))
-        item = signature.args[0].dtype.bitwidth // 8
-        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{LANES}f32")
+        kind = signature.args[0].dtype
+        item, together = kind.bitwidth // 8, 2 if kind == types.int8 else 1  # bytes of a weight; weights of an output that lie side by side
+        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fmuladd.v{LANES}f32")
         fetch = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32]), "llvm.prefetch.p0")
 
         def at(array: Any, *offsets: tuple[Any, Any]) -> Any:
@@ -63,45 +67,63 @@ def tile(R: int, width: int) -> Any:
                 address = builder.gep(address, [builder.mul(steps, size)])
             return address
 
-        def weights(address: Any, kind: Any) -> Any:
-            raw = {types.int8: ir.IntType(8), types.uint16: ir.IntType(16), types.float32: ir.FloatType()}[kind]
-            loaded = builder.load(builder.bitcast(address, ir.VectorType(raw, LANES).as_pointer()), align=item)
+        def load(address: Any, of: Any, align: int) -> Any:
+            return builder.load(builder.bitcast(address, of.as_pointer()), align=align)
+
+        def weights(address: Any) -> Any:
+            """Those of 16 outputs."""
             if kind == types.int8:
-                return builder.sitofp(loaded, vector)
+                return builder.sext(load(address, ir.VectorType(i8, 2 * LANES), 1), pairs)
             if kind == types.uint16:
-                wide = ir.VectorType(i32, LANES)
-                return builder.bitcast(builder.shl(builder.zext(loaded, wide), ir.Constant(wide, [16] * LANES)), vector)
-            return loaded
+                wide = builder.zext(load(address, ir.VectorType(i16, LANES), 2), integers)
+                return builder.bitcast(builder.shl(wide, ir.Constant(integers, [16] * LANES)), floats)
+            return load(address, floats, 4)
+
+        def numbers(address: Any) -> Any:
+            """What they are multiplied by: 32 bits, as often as a vector has room for them."""
+            number = load(address, i32, 2) if kind == types.int8 else load(address, ir.FloatType(), 4)
+            vector = integers if kind == types.int8 else floats
+            nothing = ir.Constant(vector, ir.Undefined)
+            everywhere = builder.shuffle_vector(builder.insert_element(nothing, number, i32(0)), nothing, ir.Constant(integers, [0] * LANES))
+            return builder.sext(builder.bitcast(everywhere, ir.VectorType(i16, 2 * LANES)), pairs) if kind == types.int8 else everywhere
+
+        def added(number: Any, weight: Any, total: Any) -> Any:
+            """total + number * weight. What is said of pairs becomes a single instruction wherever there is one, as in all of x86."""
+            if kind != types.int8:
+                return builder.call(fma, [number, weight, total])
+            products = builder.mul(weight, number, flags=["nsw"])
+            firsts, seconds = (builder.shuffle_vector(products, ir.Constant(pairs, ir.Undefined), half) for half in (even, odd))
+            return builder.add(total, builder.add(firsts, seconds))
 
         rows, parts = [i64(r) for r in range(R)], [i64(part * LANES) for part in range(width // LANES)]
         x_row, x_item = cgutils.unpack_tuple(builder, x.strides)
-        K = cgutils.unpack_tuple(builder, panel.shape)[0]
+        steps = cgutils.unpack_tuple(builder, panel.shape)[0]
+        zeros = ir.Constant(integers, [0] * LANES) if kind == types.int8 else ir.Constant(floats, [0.0] * LANES)
         before, loop, behind = builder.block, builder.append_basic_block("multiply"), builder.append_basic_block("done")
         builder.branch(loop)
         builder.position_at_end(loop)
         k = builder.phi(i64)
         k.add_incoming(i64(0), before)
-        sums = {(r, part): builder.phi(vector) for r in range(R) for part in range(len(parts))}
-        row = i64(PANEL * item)
-        for line in range(0, width * item, 64):
+        sums = {(r, part): builder.phi(zeros.type) for r in range(R) for part in range(len(parts))}
+        row = i64(PANEL * item * together)
+        for line in range(0, width * item * together, 64):
             builder.call(fetch, [at(panel, (k, row), (i64(AHEAD + line), i64(1))), i32(0), i32(3), i32(1)])
-        taken = [weights(at(panel, (k, row), (part, i64(item))), signature.args[0].dtype) for part in parts]
+        taken = [weights(at(panel, (k, row), (part, i64(item * together)))) for part in parts]
         for r in range(R):
-            number = builder.load(builder.bitcast(at(x, (rows[r], x_row), (k, x_item)), ir.FloatType().as_pointer()))
-            first = builder.insert_element(ir.Constant(vector, ir.Undefined), number, i32(0))
-            everywhere = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(i32, LANES), [0] * LANES))
+            number = numbers(at(x, (rows[r], x_row), (k, builder.mul(x_item, i64(together)))))
             for part in range(len(parts)):
                 total = sums[r, part]
-                total.add_incoming(ir.Constant(vector, [0.0] * LANES), before)
-                sums[r, part] = builder.call(fma, [everywhere, taken[part], total])
+                total.add_incoming(zeros, before)
+                sums[r, part] = added(number, taken[part], total)
                 total.add_incoming(sums[r, part], loop)
         following = builder.add(k, i64(1))
         k.add_incoming(following, loop)
-        builder.cbranch(builder.icmp_signed("<", following, K), loop, behind)
+        builder.cbranch(builder.icmp_signed("<", following, steps), loop, behind)
         builder.position_at_end(behind)
         y_row, y_item = cgutils.unpack_tuple(builder, y.strides)
         for (r, part), total in sums.items():
-            builder.store(total, builder.bitcast(at(y, (rows[r], y_row), (parts[part], y_item)), vector.as_pointer()), align=4)
+            result = builder.sitofp(total, floats) if kind == types.int8 else total
+            builder.store(result, builder.bitcast(at(y, (rows[r], y_row), (parts[part], y_item)), floats.as_pointer()), align=4)
         return context.get_dummy_value()
 
     @intrinsic

@@ -36,6 +36,7 @@ from nanogpt.trainer import Position, Trainer, build, fitted
 
 CHECKED_BYTES = 20_000_000  # of training text that the last sample is looked for in, which takes less than a second
 
+
 def train(
     text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     out: str | os.PathLike[str] | None = None,
@@ -57,6 +58,7 @@ def train(
     `init_from`, a run folder or a model file, is an earlier model that the run begins from: its shape and tokenizer stay, its context may change.
     `track` names trackers that get the numbers too: tensorboard, trackio, wandb, offline unless WANDB_MODE says otherwise.
     Where neither `minutes` nor `steps`, `preset` or `config` is given, the run takes five minutes; the minutes begin at `begun` (by `time.monotonic`), or now.
+    Of many processes with `parallel="fsdp"` each gets its part of the model: all of them use it together, or one loads the file.
     Errors: `UserError`, see its message. Ctrl-C and SIGTERM save to `out` before they raise `KeyboardInterrupt` and `SystemExit`.
     """
     asked = _Asked(
@@ -262,7 +264,10 @@ def _require_right_resume(run: Path, given: dict[str, Any], init_from: str | Non
 
 
 def _kept(run: Path, place: machine.Machine, ranks: machine.Ranks, trainer: Trainer) -> checkpoint.Parts:
-    """The model that stays, whole in every process: only the first needs to see its file."""
+    """The model that stays, whole in every process: only the first needs to see its file. A sharded one stays in parts, for it may be whole in no memory."""
+    if ranks.sharded:
+        summary = ranks.of_first(ranks.decided(lambda: checkpoint.describe(run)[0]))
+        return checkpoint.Parts(trainer.model.eval(), trainer.text.tokenizer, summary)
     parts = ranks.decided(lambda: checkpoint.load(run, place.device))
     if ranks.size == 1:
         assert parts is not None

@@ -153,6 +153,10 @@ class Ranks:
         """All of a tensor, of which each process may have a part; all of them have to ask for it."""
         return tensor if self.is_plain(tensor) else tensor.full_tensor()  # type: ignore[attr-defined]
 
+    def beside(self) -> dist.ProcessGroup | None:
+        """A line of its own between the processes, for what a thread has to say while others talk; all of them have to ask for it."""
+        return dist.new_group(backend="gloo", timeout=timedelta(hours=WAIT_HOURS))
+
     @staticmethod
     def is_plain(tensor: Tensor) -> bool:
         """Whether a tensor is all here."""

@@ -7,15 +7,17 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
-def save_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write the tensors of all processes, which all come here. Errors: `OSError` in every process where one cannot write."""
+def save_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Write the tensors of all processes, which all come here, and talk in a `group` of their own where others talk meanwhile. Errors: `OSError` in every
+    process where one cannot write."""
     from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
 
     try:
-        save(tensors, storage_writer=HuggingFaceStorageWriter(path=str(folder), save_distributed=True))
+        save(tensors, storage_writer=HuggingFaceStorageWriter(path=str(folder), save_distributed=True), process_group=group)
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise OSError(getattr(cause, "errno", None), f"{cause} (rank {min(error.failures)})") from error

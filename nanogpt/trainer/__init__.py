@@ -9,7 +9,9 @@ import math
 import statistics
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -60,6 +62,7 @@ class Trainer:
         self.step_seconds = 0.0
         self.budget = math.inf  # seconds for training, of a run by the clock, once all else is taken off
         self.saved_at = time.monotonic()
+        self.saving: tuple[int, Future[None] | None] | None = None  # the step of the last save, until it is known to be written
         self.began = self.saved_at - position.seconds
         self.busy, self.busy_steps = 0.0, 0  # seconds of this process's own, without waiting for others, in so many steps
 
@@ -92,10 +95,12 @@ class Trainer:
             done = over or self.out_of_patience()
             if due or stop or late:
                 yield Saving(position.step)
-                yield self.save()
+                yield from self.save()
             if stop and not done:
+                yield from self.saved()
                 yield Interrupted(position.step)
                 return
+        yield from self.saved()
         yield self.finish()
 
     def get_ready(self) -> None:
@@ -314,13 +319,25 @@ class Trainer:
             pieces = iter(engine.step, [])
             return Sampled(self.position.step, "".join(piece.text for step in pieces for piece in step))
 
-    def save(self) -> Saved:
-        """Write all that it takes to go on from here; before the first evaluation, also the model, so that one can look at it."""
+    def save(self) -> Iterator[Saved]:
+        """Write all that it takes to go on from here; before the first evaluation, also the model, so that one can look at it. Parts of sharded weights are
+        written while training goes on, and `saved` before the next save."""
+        yield from self.saved()
         if self.position.best is None:
             self.save_model(self.summary(None))
-        checkpoint.save_state(self.run, self.position.step, self.model, self.optimizer, asdict(self.position), self.ranks)
-        self.saved_at = time.monotonic()
-        return Saved(self.position.step)
+        step = self.position.step
+        under_way = checkpoint.save_state(self.run, step, self.model, self.optimizer, asdict(self.position), self.ranks)
+        self.saved_at, self.saving = time.monotonic(), (step, under_way)
+        if under_way is None:
+            yield from self.saved()
+
+    def saved(self) -> Iterator[Saved]:
+        """Wait for the save that is under way, if one is. Errors: its own."""
+        if self.saving is not None:
+            (step, under_way), self.saving = self.saving, None
+            if under_way is not None:
+                under_way.result()
+            yield Saved(step)
 
     def save_model(self, summary: dict[str, Any]) -> None:
         """Write the model file, of the weights as they are."""
@@ -328,9 +345,7 @@ class Trainer:
 
     def finish(self) -> Finished:
         """Go back to the best model, which is the one that stays, measure it on the whole split, and write the result into its file."""
-        best = self.ranks.decided(lambda: checkpoint.load(self.run))
-        checkpoint.take_weights(self.model, best.model if best else None, self.ranks)
-        kept = self.ranks.of_first(best.summary if best else None)
+        kept = checkpoint.take_best(self.run, self.model, self.ranks)
         if self.position.val_tokens is None and "val_nats" in kept:  # then it was measured on all of it when it was kept
             loss = Loss(kept["val_nats"], kept["val_tokens"], kept["val_bytes"], kept.get("val_words", 0))
         else:
@@ -371,6 +386,7 @@ class Trainer:
         return best is not None and self.settings.patience > 0 and sum(p.step > best.step for p in self.position.history) >= self.settings.patience
 
     def _not_a_number(self, loss: float, rate: float, grad_norm: float) -> UserError:
+        deque(self.saved(), maxlen=0)
         saved = checkpoint.latest_step(self.run)
         matrices = f" --matrix-learning-rate {self.settings.matrix_learning_rate / 10:.2g}" if self.settings.optimizer == "muon" else ""
         kept = f"The last good state, step {saved:,}, is in {self.run}" if saved else "Nothing had been saved yet"
