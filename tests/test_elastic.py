@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 from safetensors.torch import load_file
-from test_distributed import free_port
+from test_distributed import free_port, weights
 
 import nanogpt
 from nanogpt import checkpoint
@@ -69,14 +69,19 @@ def workers(process):
 
 
 def same(run, other):
-    for path in ("model.safetensors", f"state/{checkpoint.latest_step(other)}/weights.safetensors"):
-        one, two = load_file(run / path), load_file(other / path)
+    for one, two in ((weights(run), weights(other)), (load_file(run / "model.safetensors"), load_file(other / "model.safetensors"))):
         assert all(one[name].equal(two[name]) for name in two)
 
 
 @pytest.fixture
-def undisturbed(story, tmp_path):
-    finished(torchrun(story, "--out", tmp_path / "undisturbed", *flags(steps=STEPS)))
+def parallel():
+    """How the processes share the work; a test that wants both ways asks for them."""
+    return "ddp"
+
+
+@pytest.fixture
+def undisturbed(story, tmp_path, parallel):
+    finished(torchrun(story, "--out", tmp_path / "undisturbed", *flags(steps=STEPS, parallel=parallel)))
     return tmp_path / "undisturbed"
 
 
@@ -96,9 +101,10 @@ def test_twenty_killed_workers_change_nothing(story, tmp_path, undisturbed):
     same(run, undisturbed)
 
 
-def test_a_worker_killed_while_it_saves_changes_nothing(story, tmp_path, undisturbed):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_worker_killed_while_it_saves_changes_nothing(story, tmp_path, undisturbed, parallel):
     run = tmp_path / "run"
-    process = torchrun(story, "--out", run, *flags(steps=STEPS), restarts=3)
+    process = torchrun(story, "--out", run, *flags(steps=STEPS, parallel=parallel), restarts=3)
     kills = 0
     while process.poll() is None and kills < 3:
         if list((run / "state").glob(".*.unfinished")) and len(pids := workers(process)) == 2:

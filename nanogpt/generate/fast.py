@@ -7,6 +7,8 @@ A text comes out the same, bit for bit, whatever the other rows hold and whether
 
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import accumulate
 from typing import Any, cast
 
 import numpy as np
@@ -48,7 +50,7 @@ class FastDecoder:
         of_heads = config.n_layer, rows, kv_heads
         keys, values = ((*of_heads, outputs // P, -(-inputs // in_pairs), in_pairs * P) for outputs, inputs in ((S, D), (-(-D // P) * P, S)))
         self._cache = kernels.Cache(np.zeros(keys, kept), np.ones((*of_heads, S), np.float32), np.zeros(values, kept), np.ones((*of_heads, S), np.float32))
-        self._multiplied = np.empty(0, np.int16 if precision == "int8" else np.float32)
+        self._work = self._room(max(min(AT_ONCE, config.context_length), rows), S, np.int16 if precision == "int8" else np.float32)
 
     def prefill(self, row: int, ids: Sequence[int]) -> np.ndarray:
         """Begin the row anew with ids, 1 to context_length of them -> (V,) float32, the logits of what follows."""
@@ -63,18 +65,45 @@ class FastDecoder:
 
     def _read(self, rows: Sequence[int], ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Several ids behind what one row holds, or one behind what each of several holds -> (len(rows), V)."""
-        tokens, places = np.concatenate(ids, dtype=np.int64), np.array(rows, np.int64)
-        starts = np.cumsum([0, *map(len, ids)], dtype=np.int64)
-        texts = kernels.Texts(places, starts, self.lengths[places])
-        self.lengths[places] += np.diff(starts)
+        tokens, places = np.array([token for of_row in ids for token in of_row], np.int64), np.array(rows, np.int64)
+        starts = np.array([0, *accumulate(map(len, ids))], np.int64)
+        past = self.lengths[places]
+        self.lengths[places] = past + starts[1:] - starts[:-1]
         assert self.lengths[places].max() <= self.context_length, "more tokens than the context holds"
-        assert ((tokens >= 0) & (tokens < self.vocab_size)).all(), "no token of this model"
-        inputs = self._shape, self._weights, self._cache, texts, tokens, self._multiplied
-        if self.threads == 1 or len(tokens) * self._stage < WORTH_SHARING:
-            return kernels.read(*inputs, 1)[:, : self.vocab_size]
-        with self._together:
+        assert min(map(min, ids)) >= 0 and max(map(max, ids)) < self.vocab_size, "no token of this model"
+        texts = kernels.Texts(places, starts, past)
+        alone = self.threads == 1 or len(tokens) * self._stage < WORTH_SHARING
+        with nullcontext() if alone else self._together:
             kernels.use_threads(self.threads)
-            return kernels.read(*inputs, self.threads)[:, : self.vocab_size]
+            kernels.read(self._shape, self._weights, self._cache, texts, tokens, 1 if alone else self.threads, self._work)
+        return self._work.logits[: len(rows), : self.vocab_size].copy()
+
+    def _room(self, N: int, S: int, numbers: type) -> kernels.Work:
+        """Room for what passes over up to N tokens make, of S positions, and of these numbers to multiply."""
+        w, shape = self._weights, self._shape
+        C, heads = w.embedding.shape[1], shape.n_head * (shape.head_dim + shape.head_dim % 2)
+
+        def rows(*shape: int, kind: type = np.float32) -> np.ndarray:
+            return np.zeros(shape, kind)
+
+        return kernels.Work(
+            x=rows(N, w.proj_after.shape[2]),
+            normed=rows(N, max(C + C % 2, heads), kind=numbers),
+            normed_scales=rows(N),
+            qkv=rows(N, w.qkv_after.shape[2]),
+            mixed=rows(N, C),
+            mixed_numbers=rows(N, C + C % 2, kind=numbers),
+            mixed_scales=rows(N),
+            hidden=rows(N, w.fc_after.shape[2]),
+            hidden_numbers=rows(N, w.fc_after.shape[2] // (1 + shape.modern), kind=numbers),
+            hidden_scales=rows(N),
+            logits=rows(N, w.head_after.shape[1]),
+            scores=rows(self.threads, kernels.BLOCK, S),
+            shares=rows(self.threads, kernels.BLOCK, S, kind=numbers),
+            scales=rows(self.threads, 2, kernels.BLOCK),
+            mix=rows(self.threads, kernels.BLOCK, kernels.PANEL),
+            counts=rows(len(w.qkv) * kernels.HEAD + 2, kernels.COUNTS, kind=np.int64),
+        )
 
 
 @torch.no_grad()

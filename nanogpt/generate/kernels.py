@@ -19,7 +19,7 @@ import numba
 import numpy as np
 from numba import prange
 
-from nanogpt.generate.tile import PANEL, TOGETHER, as_float, compiled, one_row, some_rows
+from nanogpt.generate.tile import PANEL, TOGETHER, add_together, as_float, compiled, larger, one_row, some_rows
 
 BLOCK = 8  # tokens of a text whose queries meet its keys together
 
@@ -86,19 +86,24 @@ class Rows(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What goes from stage to stage, for N tokens; widths are filled up to whole panels. Three are there as numbers and scales of Rows too."""
+    """What goes from stage to stage, for up to N tokens, and room for each thread; widths are filled up to whole panels."""
 
     x: np.ndarray  # (N, C or more): the stream
-    normed: np.ndarray  # (N, C): only as Rows
+    normed: np.ndarray  # (N, C or more) with scales, which are Rows; then the queries, as Rows too
     normed_scales: np.ndarray
-    qkv: np.ndarray  # (N, (H + 2 K) D or more)
-    mixed: np.ndarray  # (N, C): values, as attention mixes them
-    mixed_numbers: np.ndarray
+    qkv: np.ndarray  # (N, (H + 2 K) D or more); then what is to be added to the stream
+    mixed: np.ndarray  # (N, C): values, as attention mixes them; and what is being normalised
+    mixed_numbers: np.ndarray  # the same as Rows
     mixed_scales: np.ndarray
-    hidden: np.ndarray  # (N, 4 C or so)
-    hidden_numbers: np.ndarray
+    hidden: np.ndarray  # (N, 4 C or so); in modern, gates and values
+    hidden_numbers: np.ndarray  # (N, 4 C or so): as Rows
     hidden_scales: np.ndarray
-    logits: np.ndarray  # (M, V or more)
+    logits: np.ndarray  # (N, V or more)
+    scores: np.ndarray  # (threads, BLOCK, S) of a head
+    shares: np.ndarray  # the same as Rows
+    scales: np.ndarray  # (threads, 2, BLOCK) of queries and shares
+    mix: np.ndarray  # (threads, BLOCK, 64)
+    counts: np.ndarray  # (stages, COUNTS)
 
 
 MOST, MOST_OF_ALL = np.float32(32767), np.float32(2e9 / 127)  # of a row of integers: each, and the sum of all
@@ -166,6 +171,15 @@ def rms_norm(x, weight, epsilon, out):
 
 
 @compiled(fastmath=SUMS)
+def largest(x):
+    """The largest size of x (K,)."""
+    most = zero
+    for k in range(x.size):
+        most = larger(most, abs(x[k]))
+    return most
+
+
+@compiled(fastmath=SUMS)
 def settle(x, numbers):
     """x (K,) as it is, or as integers of 16 bits -> numbers (K,); their scale.
 
@@ -175,27 +189,22 @@ def settle(x, numbers):
         for k in range(x.size):
             numbers[k] = x[k]
         return one
-    largest, total = zero, zero
-    for k in range(x.size):
-        largest = max(largest, abs(x[k]))
+    total = zero
     for k in range(x.size):
         total += abs(x[k])
-    scale = max(largest / MOST, total / MOST_OF_ALL)
+    scale = max(largest(x) / MOST, total / MOST_OF_ALL)
     inverse = one / scale if scale > zero else zero
     for k in range(x.size):
-        numbers[k] = np.int16(np.floor(x[k] * inverse + half))
+        numbers[k] = np.int32(np.floor(x[k] * inverse + half))
     return scale
 
 
 @compiled(fastmath=SUMS)
-def shrink(x, together):
+def shrink(x, pairs):
     """x (K,) becomes what is kept of it: itself, or where numbers lie together in pairs integers of 8 bits; their scale."""
-    if together == 1:
+    if pairs == 0:
         return one
-    largest = zero
-    for k in range(x.size):
-        largest = max(largest, abs(x[k]))
-    scale = largest / np.float32(127)
+    scale = largest(x) / np.float32(127)
     inverse = one / scale if scale > zero else zero
     for k in range(x.size):
         x[k] = np.floor(x[k] * inverse + half)
@@ -203,14 +212,13 @@ def shrink(x, together):
 
 
 @compiled
-def normalize(shape, norm, x, numbers):
-    """x (C or more,) with the norm's weight and bias (2, C) -> numbers (C or more,), settled; their scale."""
-    normed = np.empty(norm.shape[1], np.float32)
+def normalize(shape, norm, x, normed, numbers):
+    """x (C,) with the norm's weight and bias (2, C) -> normed (C,), and settled in numbers (C,); their scale."""
     if shape.modern:
-        rms_norm(x[: normed.size], norm[0], shape.epsilon, normed)
+        rms_norm(x, norm[0], shape.epsilon, normed)
     else:
-        layer_norm(x[: normed.size], norm[0], norm[1], shape.epsilon, normed)
-    return settle(normed, numbers[: normed.size])
+        layer_norm(x, norm[0], norm[1], shape.epsilon, normed)
+    return settle(normed, numbers)
 
 
 @compiled
@@ -231,19 +239,19 @@ def product(panel, x, y, at):
 def linear(panel, after, x, y, at):
     """y (N, 64) = x (N, K) @ panel (K, 64) * scale + bias, where y is the columns from `at` on, and so are those of after, (2, N); x are Rows."""
     product(panel, x.numbers, y, at)
+    scales, biases = after[0, at : at + PANEL], after[1, at : at + PANEL]
     for n in range(len(y)):
-        row, scale = y[n], x.scales[n]
-        for j in range(at, at + PANEL):
-            row[j] = row[j] * (after[0, j] * scale) + after[1, j]
+        row, scale = y[n, at : at + PANEL], x.scales[n]
+        for j in range(PANEL):
+            row[j] = row[j] * (scales[j] * scale) + biases[j]
 
 
 @compiled(fastmath={"contract"})
-def add_linear(panel, after, x, y, at):
-    """The same, added to what is in y."""
-    new = np.empty((len(y), PANEL), np.float32)
-    linear(panel, after[:, at : at + PANEL], x, new, np.int64(0))
+def add_linear(panel, after, x, new, y, at):
+    """The same, in new, and added to what is in y."""
+    linear(panel, after, x, new, at)
     for n in range(len(y)):
-        row, more = y[n, at : at + PANEL], new[n]
+        row, more = y[n, at : at + PANEL], new[n, at : at + PANEL]
         for j in range(PANEL):
             row[j] += more[j]
 
@@ -253,20 +261,19 @@ def linear_gelu(panel, after, x, y, at):
     """The GELU of it."""
     linear(panel, after, x, y, at)
     for n in range(len(y)):
-        row = y[n]
-        for j in range(at, at + PANEL):
+        row = y[n, at : at + PANEL]
+        for j in range(PANEL):
             row[j] = gelu(row[j])
 
 
 @compiled(fastmath={"contract"})
 def linear_swiglu(panels, after, x, y, at):
-    """The SwiGLU of it: panels and after are those of all gates, and then of all values."""
-    hidden = y.shape[1]
-    value = np.empty((len(y), PANEL), np.float32)
+    """The SwiGLU of it: panels, after and y are those of all gates, and then of all values."""
+    hidden = y.shape[1] // 2
     linear(panels[at // PANEL], after, x, y, at)
-    linear(panels[(hidden + at) // PANEL], after[:, hidden + at : hidden + at + PANEL], x, value, np.int64(0))
+    linear(panels[(hidden + at) // PANEL], after, x, y, hidden + at)
     for n in range(len(y)):
-        row, factor = y[n, at : at + PANEL], value[n]
+        row, factor = y[n, at : at + PANEL], y[n, hidden + at : hidden + at + PANEL]
         for j in range(PANEL):
             row[j] = silu(row[j]) * factor[j]
 
@@ -274,11 +281,11 @@ def linear_swiglu(panels, after, x, y, at):
 @compiled(fastmath=SUMS)
 def softmax(scores):
     """scores (S,) become e^(score - largest); their sum."""
-    largest = scores[0]
+    most = scores[0]
     for s in range(scores.size):
-        largest = max(largest, scores[s])
+        most = larger(most, scores[s])
     for s in range(scores.size):
-        scores[s] = exp(scores[s] - largest)
+        scores[s] = exp(scores[s] - most)
     total = zero
     for s in range(scores.size):
         total += scores[s]
@@ -296,14 +303,11 @@ def rotate(x, cos, sin):
 
 
 @compiled
-def turned(shape, norm, turn, x, position, out):
-    """A query's or a key's x (D,) as it meets the others, in out (D,)."""
+def turn_to(shape, norm, turn, position, x):
+    """A query or a key x (D,) becomes what meets the others."""
     if shape.modern:
-        rms_norm(x, norm, shape.epsilon, out)
-        rotate(out, turn[0, position], turn[1, position])
-    else:
-        for d in range(x.size):
-            out[d] = x[d]
+        rms_norm(x, norm, shape.epsilon, x)
+        rotate(x, turn[0, position], turn[1, position])
 
 
 @compiled(fastmath={"contract"})
@@ -314,151 +318,169 @@ def times(x, scale, scales):
 
 
 @compiled
-def keep(qkv, position, at_key, at_value, norm, shape, turn, cache):
-    """Put the key and the value in qkv (...,) of the token at a position into the cache of their head."""
-    D, together = shape.head_dim, cache.keys.shape[2] // PANEL
-    x = np.empty(D, np.float32)
-    turned(shape, norm, turn, qkv[at_key : at_key + D], position, x)
-    cache.key_scales[position] = shrink(x, together)
-    column = position % PANEL * together
-    for d in range(D):
-        cache.keys[position // PANEL, d // together, column + d % together] = x[d]
-    x[:] = qkv[at_value : at_value + D]
-    cache.value_scales[position] = shrink(x, together)
-    for d in range(D):
-        cache.values[d // PANEL, position // together, d % PANEL * together + position % together] = x[d]
+def keep(shape, norm, turn, key, value, position, cache):
+    """Put the key and the value (D,) of the token at a position into the cache of their head; they become what is kept."""
+    pairs = cache.keys.shape[2] // PANEL - 1  # 1 where numbers lie together in pairs, so that its bits divide by 2, else 0
+    turn_to(shape, norm, turn, position, key)
+    cache.key_scales[position], cache.value_scales[position] = shrink(key, pairs), shrink(value, pairs)
+    panel, column = cache.keys[position // PANEL], position % PANEL << pairs
+    for d in range(key.size):
+        panel[d >> pairs, column + (d & pairs)] = key[d]
+    row, column = position >> pairs, position & pairs
+    for d in range(value.size):
+        cache.values[d // PANEL, row, (d % PANEL << pairs) + column] = value[d]
 
 
 @compiled
-def attend(shape, head_norms, turn, qkv, head, past, cache, numbers, y):
-    """One head of keys and values, and the G queries that share it, for the T new tokens of a text.
+def attend(shape, norm, turn, queries, q, past, cache, thread, work, y):
+    """One head for the T new tokens of a text: queries (T, D) -> y (T, D); the cache is that of their keys and values, and holds `past` tokens and these.
 
-    qkv (T, (H + 2 K) D) -> y (T, H D), of which these queries' columns; the cache is that of the head, and holds `past` tokens, then T more; `numbers` says
-    what products multiply.
+    q (T, D or more) takes the queries as Rows.
     """
-    D, G, together = shape.head_dim, shape.n_head // shape.n_kv_head, cache.keys.shape[2] // PANEL
-    for t in range(len(qkv)):
-        keep(qkv[t], past + t, (shape.n_head + head) * D, (shape.n_head + shape.n_kv_head + head) * D, head_norms[1], shape, turn, cache)
-    query = np.empty(D, np.float32)
-    for t in range(0, len(qkv), BLOCK):
-        T = min(BLOCK, len(qkv) - t)
-        q, scales = np.zeros((T * G, D + D % together), numbers.dtype), np.empty(T * G, np.float32)
-        for i in range(T * G):
-            at_query = (head * G + i % G) * D
-            turned(shape, head_norms[0], turn, qkv[t + i // G, at_query : at_query + D], past + t + i // G, query)
-            for d in range(D):
-                query[d] *= one / np.sqrt(np.float32(D))
-            scales[i] = settle(query, q[i, :D])
-        begin, end = max(0, past + t - shape.window + 1) // PANEL * PANEL, past + t + T  # of what these tokens see
-        width = (end - begin + PANEL - 1) // PANEL * PANEL
-        seen, shares = np.empty((T * G, width), np.float32), np.zeros((T * G, width), numbers.dtype)
+    D, pairs, root = shape.head_dim, cache.keys.shape[2] // PANEL - 1, one / np.sqrt(np.float32(shape.head_dim))
+    scores, shares, mix, scales = work.scores[thread], work.shares[thread], work.mix[thread], work.scales[thread]
+    for first in range(0, len(queries), BLOCK):
+        T = min(BLOCK, len(queries) - first)
+        for t in range(T):
+            query = queries[first + t]
+            turn_to(shape, norm, turn, past + first + t, query)
+            for d in range(query.size):
+                query[d] *= root
+            scales[0, t] = settle(query, q[first + t, :D])
+        begin, end = max(0, past + first - shape.window + 1) // PANEL * PANEL, past + first + T  # of what these tokens see
         for s in range(begin, end, PANEL):
-            product(cache.keys[s // PANEL], q, seen, s - begin)
-        for i in range(T * G):
-            last = past + t + i // G - begin
-            first = max(0, last - shape.window + 1)
-            row, of = seen[i, first : last + 1], slice(begin + first, begin + last + 1)
-            times(row, scales[i], cache.key_scales[of])
+            product(cache.keys[s // PANEL], q[first : first + T], scores[:T], s - begin)
+        for t in range(T):
+            behind = past + first + t + 1
+            seen = max(begin, behind - shape.window)
+            row = scores[t, seen - begin : behind - begin]
+            times(row, scales[0, t], cache.key_scales[seen:behind])
             total = softmax(row)
-            times(row, one, cache.value_scales[of])
-            scales[i] = settle(row, shares[i, first : last + 1]) / total
-        mixed = np.empty((T * G, PANEL), np.float32)
+            times(row, one, cache.value_scales[seen:behind])
+            shares[t, : seen - begin] = 0
+            shares[t, behind - begin : (end - begin + PANEL - 1) // PANEL * PANEL] = 0
+            scales[1, t] = settle(row, shares[t, seen - begin : behind - begin]) / total
         for p in range(len(cache.values)):
-            product(cache.values[p, begin // together : (end + together - 1) // together], shares, mixed, np.int64(0))
-            for i in range(T * G):
-                at = (head * G + i % G) * D + p * PANEL
-                for d in range(min(PANEL, D - p * PANEL)):
-                    y[t + i // G, at + d] = mixed[i, d] * scales[i]
+            product(cache.values[p, begin >> pairs : end + pairs >> pairs], shares[:T], mix[:T], 0)
+            for t in range(T):
+                row = y[first + t, p * PANEL : D]
+                for d in range(min(PANEL, row.size)):
+                    row[d] = mix[t, d] * scales[1, t]
 
 
-NORM_1, QKV, ATTEND, MIXED, PROJ, NORM_2, FC, HIDDEN, MLP_PROJ, HEAD = np.arange(
-    10
-)  # the stages of a pass, each of many parts that can be computed at once (Numba compiles anew for each int, not for these)
+# The stages of a layer, and the last; each has many parts, which can be computed at once.
+NORM_1, QKV, KEEP, ATTEND, MIXED, PROJ, NORM_2, FC, HIDDEN, MLP_PROJ, HEAD = range(11)
+DONE, COUNTS = 8, 16  # where parts that are done are counted, another cache line than that of those taken
 
 
 @compiled
-def part(stage, i, layer, shape, weights, cache, texts, work):
-    """Part i of a stage: a row, a panel of outputs, or one head of one text."""
-    at = i * PANEL
+def size(stage, shape, weights, texts, work):
+    """How many parts a stage has: rows, panels of outputs, or heads of texts."""
+    if stage == QKV:
+        return weights.qkv.shape[1]
+    if stage == KEEP:
+        return len(texts.rows) * shape.n_kv_head
+    if stage == ATTEND:
+        return len(texts.rows) * shape.n_head
+    if stage == PROJ or stage == MLP_PROJ:
+        return weights.proj.shape[1]
+    if stage == FC:
+        return work.hidden_numbers.shape[1] // PANEL
+    if stage == HEAD:
+        return len(weights.head)
+    return len(work.x)
+
+
+@compiled
+def part(stage, i, layer, thread, shape, weights, cache, texts, work):
+    """Part i of a stage."""
+    at, C, D = i * PANEL, work.mixed.shape[1], shape.head_dim
     normed = Rows(work.normed, work.normed_scales)
-    if stage == NORM_1:
-        work.normed_scales[i] = normalize(shape, weights.norms[2 * layer], work.x[i], work.normed[i])
+    if stage == NORM_1 or stage == NORM_2:
+        norm = weights.norms[2 * layer + (1 if stage == NORM_2 else 0)]
+        work.normed_scales[i] = normalize(shape, norm, work.x[i, :C], work.mixed[i], work.normed[i, :C])
     elif stage == QKV:
         linear(weights.qkv[layer, i], weights.qkv_after[layer], normed, work.qkv, at)
-    elif stage == ATTEND:
-        m, head = i // shape.n_kv_head, i % shape.n_kv_head
-        row, past, new = texts.rows[m], texts.past[m], slice(texts.starts[m], texts.starts[m + 1])
-        keys, values = cache.keys[layer, row, head], cache.values[layer, row, head]
-        of_head = Cache(keys, cache.key_scales[layer, row, head], values, cache.value_scales[layer, row, head])
-        attend(shape, weights.head_norms[layer], weights.turn, work.qkv[new], head, past, of_head, work.normed, work.mixed[new])
+    elif stage == KEEP or stage == ATTEND:
+        heads = shape.n_kv_head if stage == KEEP else shape.n_head
+        m, head = i // heads, i % heads
+        of = head if stage == KEEP else head // (shape.n_head // shape.n_kv_head)
+        row, past, begin, end = texts.rows[m], texts.past[m], texts.starts[m], texts.starts[m + 1]
+        keys, values = cache.keys[layer, row, of], cache.values[layer, row, of]
+        kept = Cache(keys, cache.key_scales[layer, row, of], values, cache.value_scales[layer, row, of])
+        if stage == ATTEND:
+            queries, q = work.qkv[begin:end, head * D : head * D + D], work.normed[begin:end, head * (D + D % 2) :]
+            attend(shape, weights.head_norms[layer, 0], weights.turn, queries, q, past, kept, thread, work, work.mixed[begin:end, head * D :])
+            return
+        key, value = (shape.n_head + head) * D, (shape.n_head + shape.n_kv_head + head) * D
+        for n in range(begin, end):
+            of_token = work.qkv[n]
+            keep(shape, weights.head_norms[layer, 1], weights.turn, of_token[key : key + D], of_token[value : value + D], past + n - begin, kept)
     elif stage == MIXED:
-        work.mixed_scales[i] = settle(work.mixed[i], work.mixed_numbers[i, : work.mixed.shape[1]])
+        work.mixed_scales[i] = settle(work.mixed[i], work.mixed_numbers[i, :C])
     elif stage == PROJ:
-        add_linear(weights.proj[layer, i], weights.proj_after[layer], Rows(work.mixed_numbers, work.mixed_scales), work.x, at)
-    elif stage == NORM_2:
-        work.normed_scales[i] = normalize(shape, weights.norms[2 * layer + 1], work.x[i], work.normed[i])
+        add_linear(weights.proj[layer, i], weights.proj_after[layer], Rows(work.mixed_numbers, work.mixed_scales), work.qkv, work.x, at)
     elif stage == FC and shape.modern:
         linear_swiglu(weights.fc[layer], weights.fc_after[layer], normed, work.hidden, at)
     elif stage == FC:
         linear_gelu(weights.fc[layer, i], weights.fc_after[layer], normed, work.hidden, at)
     elif stage == HIDDEN:
-        work.hidden_scales[i] = settle(work.hidden[i], work.hidden_numbers[i])
+        numbers = work.hidden_numbers[i]
+        work.hidden_scales[i] = settle(work.hidden[i, : numbers.size], numbers)
     elif stage == MLP_PROJ:
-        add_linear(weights.mlp_proj[layer, i], weights.mlp_proj_after[layer], Rows(work.hidden_numbers, work.hidden_scales), work.x, at)
+        add_linear(weights.mlp_proj[layer, i], weights.mlp_proj_after[layer], Rows(work.hidden_numbers, work.hidden_scales), work.qkv, work.x, at)
     else:
         first = len(work.normed) - len(work.logits)
         linear(weights.head[i], weights.head_after, Rows(work.normed[first:], work.normed_scales[first:]), work.logits, at)
 
 
+@compiled
+def stages(thread, shape, weights, cache, texts, work):
+    """A pass, as each thread goes through it: it does those parts of a stage that no other has taken, and waits until all are done.
+
+    So none waits for a thread that has not begun, and it does not matter how many there are.
+    """
+    for at in range(len(work.counts)):
+        layer, stage, counts = at // HEAD, at % HEAD, work.counts[at]
+        if at == len(work.counts) - 1:
+            stage = HEAD
+        n = size(stage, shape, weights, texts, work)
+        i = add_together(counts, 0, 1)
+        while i < n:
+            part(stage, i, layer, thread, shape, weights, cache, texts, work)
+            add_together(counts, DONE, 1)
+            i = add_together(counts, 0, 1)
+        while add_together(counts, DONE, 0) < n:
+            pass
+
+
 @compiled(parallel=PRANGE_ONLY)
-def parts(threads, n, stage, layer, shape, weights, cache, texts, work):
-    """All n parts of a stage."""
-    if threads > 1 and n > 1:
-        for i in prange(n):
-            part(stage, i, layer, shape, weights, cache, texts, work)
+def together(threads, shape, weights, cache, texts, work):
+    """A pass, by so many threads."""
+    if threads > 1:
+        for thread in prange(threads):
+            stages(thread, shape, weights, cache, texts, work)
     else:
-        for i in range(n):
-            part(stage, i, layer, shape, weights, cache, texts, work)
+        stages(0, shape, weights, cache, texts, work)
 
 
 @compiled
-def read(shape, weights, cache, texts, tokens, numbers, threads):
-    """Read new tokens (N,) of M texts -> the logits (M, V or more) of what follows each, if there is one token of each, or all are of one text.
+def read(shape, weights, cache, texts, tokens, threads, work):
+    """Read new tokens (N,) of M texts -> in work the logits (M, V or more) of what follows each, if there is one token of each, or all are of one text.
 
-    The cache holds what was read, and takes what is; `numbers`, of whatever shape, is of the type of what products multiply.
+    The cache holds what was read, and takes what is; work has room for as many tokens, or more.
     """
-    N, C, M = len(tokens), weights.embedding.shape[1], len(texts.rows)
-    hidden = weights.fc_after.shape[2] // (2 if shape.modern else 1)
+    N, M = len(tokens), len(texts.rows)
     work = Work(
-        x=np.zeros((N, weights.proj_after.shape[2]), np.float32),
-        normed=np.zeros((N, C + C % 2), numbers.dtype),
-        normed_scales=np.empty(N, np.float32),
-        qkv=np.empty((N, weights.qkv_after.shape[2]), np.float32),
-        mixed=np.empty((N, C), np.float32),
-        mixed_numbers=np.zeros((N, C + C % 2), numbers.dtype),
-        mixed_scales=np.empty(N, np.float32),
-        hidden=np.empty((N, hidden), np.float32),
-        hidden_numbers=np.empty((N, hidden), numbers.dtype),
-        hidden_scales=np.empty(N, np.float32),
-        logits=np.empty((M, weights.head_after.shape[1]), np.float32),
-    )
+        work.x[:N], work.normed[:N], work.normed_scales[:N], work.qkv[:N], work.mixed[:N], work.mixed_numbers[:N], work.mixed_scales[:N],
+        work.hidden[:N], work.hidden_numbers[:N], work.hidden_scales[:N], work.logits[:M], work.scores, work.shares, work.scales, work.mix, work.counts,
+    )  # fmt: skip
+    work.counts[:] = 0
     for m in range(M):
         for n in range(texts.starts[m], texts.starts[m + 1]):
-            for c in range(C):
+            for c in range(weights.embedding.shape[1]):
                 work.x[n, c] = weights.embedding[tokens[n], c] + weights.positions[texts.past[m] + n - texts.starts[m], c]
-    for layer in range(len(weights.qkv)):
-        parts(threads, N, NORM_1, layer, shape, weights, cache, texts, work)
-        parts(threads, weights.qkv.shape[1], QKV, layer, shape, weights, cache, texts, work)
-        parts(threads, M * shape.n_kv_head, ATTEND, layer, shape, weights, cache, texts, work)
-        parts(threads, N, MIXED, layer, shape, weights, cache, texts, work)
-        parts(threads, weights.proj.shape[1], PROJ, layer, shape, weights, cache, texts, work)
-        parts(threads, N, NORM_2, layer, shape, weights, cache, texts, work)
-        parts(threads, hidden // PANEL, FC, layer, shape, weights, cache, texts, work)
-        parts(threads, N, HIDDEN, layer, shape, weights, cache, texts, work)
-        parts(threads, weights.mlp_proj.shape[1], MLP_PROJ, layer, shape, weights, cache, texts, work)
-    parts(threads, N, NORM_1, len(weights.qkv), shape, weights, cache, texts, work)
-    parts(threads, len(weights.head), HEAD, np.int64(0), shape, weights, cache, texts, work)
-    return work.logits
+    together(threads, shape, weights, cache, texts, work)
 
 
 def most_threads() -> int:

@@ -26,7 +26,10 @@ AHEAD = 2048  # bytes by which weights are asked for before they are used: about
 
 
 def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """`numba.njit`, with what it compiles kept in our cache for the next process, where that can be written."""
+    """`numba.njit`, with what it compiles kept in our cache for the next process, where that can be written.
+
+    Nothing is allocated, and so no references are counted, which would take more time than a product: threads would wait for each other's counts.
+    """
     if function is None:
         return lambda function: compiled(function, **options)
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # Numba looks for changes only in the file of a function itself
@@ -36,7 +39,7 @@ def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
         folder.mkdir(parents=True, exist_ok=True)
     settings.CACHE_DIR = str(folder)  # read where a function is decorated
     try:
-        return numba.njit(function, cache=os.access(folder, os.W_OK), nogil=True, error_model="numpy", **options)
+        return numba.njit(function, cache=os.access(folder, os.W_OK), nogil=True, error_model="numpy", _nrt=False, **options)
     finally:
         settings.CACHE_DIR = elsewhere
 
@@ -134,6 +137,29 @@ def tile(R: int, width: int) -> Any:
 
 
 one_row, some_rows = tile(1, PANEL), tile(TOGETHER, PANEL // 2)
+
+
+@intrinsic
+def add_together(typing_context, numbers, i, more):  # type: ignore[no-untyped-def]
+    """Add to numbers[i], int64, what other threads may add to as well; what it was before."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.gep(make_array(signature.args[0])(context, builder, arguments[0]).data, [arguments[1]])
+        return builder.atomic_rmw("add", place, arguments[2], "acq_rel")
+
+    return types.int64(numbers, types.int64, types.int64), generate
+
+
+@intrinsic
+def larger(typing_context, a, b):  # type: ignore[no-untyped-def]
+    """The larger of two float32, neither of them NaN; a loop over it becomes vectors, which one over `max` does not."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = ir.FloatType()
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(number, [number] * 2), "llvm.maxnum.f32")
+        return builder.call(function, arguments, fastmath=("nnan", "nsz"))
+
+    return types.float32(types.float32, types.float32), generate
 
 
 @intrinsic
