@@ -115,12 +115,11 @@ class Engine:
             nothing = np.zeros(logits.shape[1], bool)
             seen = np.stack([nothing if text.seen is None else text.seen for text in self.inside])
         tokens = self.sampler(logits, [next(text.chances) for text in self.inside], seen)
-        logits -= logits.max(axis=1, keepdims=True)
-        totals = np.log(np.exp(logits).sum(axis=1))
-        logprobs = logits[np.arange(len(tokens)), tokens] - totals
-        for i, (text, token, logprob) in enumerate(zip(self.inside, tokens.tolist(), logprobs.tolist(), strict=True)):
+        logits -= np.maximum.reduce(logits, axis=1, keepdims=True)
+        totals = np.log(np.add.reduce(np.exp(logits), axis=1)).tolist()
+        for i, (text, token) in enumerate(zip(self.inside, tokens.tolist(), strict=True)):
             top = _likeliest(logits[i] - totals[i], text.request.n_top) if text.request.n_top else []
-            pieces.append(_advance(text, token, logprob, top))
+            pieces.append(_advance(text, token, logits.item(i, token) - totals[i], top))
         if any(piece.finish for piece in pieces):
             self._keep([piece.of for piece in pieces if piece.finish is None])
         return pieces

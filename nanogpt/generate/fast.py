@@ -8,7 +8,6 @@ A text comes out the same, bit for bit, whatever the other rows hold and whether
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import accumulate
 from typing import Any, cast
 
 import numpy as np
@@ -38,7 +37,7 @@ class FastDecoder:
         config, P = model.config, kernels.PANEL
         self.rows, self.context_length, self.vocab_size = rows, config.context_length, model.vocab_size
         self.threads = min(threads, kernels.most_threads())
-        self.lengths = np.zeros(rows, np.int64)
+        self.lengths = [0] * rows
         kv_heads, D = config.n_kv_head or config.n_head, config.n_embd // config.n_head
         window = min(config.window or config.context_length, config.context_length)
         epsilon = np.float32(EPSILON if config.arch == "modern" else cast(nn.LayerNorm, model.ln_f).eps)
@@ -54,28 +53,28 @@ class FastDecoder:
 
     def prefill(self, row: int, ids: Sequence[int]) -> np.ndarray:
         """Begin the row anew with ids, 1 to context_length of them -> (V,) float32, the logits of what follows."""
-        self.lengths[row] = 0
         for begin in range(0, len(ids), AT_ONCE):
-            logits = self._read([row], [ids[begin : begin + AT_ONCE]])
+            part = ids[begin : begin + AT_ONCE]
+            self.lengths[row] = begin
+            logits = self._read([row], [0, len(part)], part)
         return logits[0]
 
     def decode(self, rows: Sequence[int], ids: Sequence[int]) -> np.ndarray:
         """One more id for each of the rows, which are different ones, begun and not full -> (len(rows), V) float32."""
-        return self._read(rows, [[token] for token in ids])
+        return self._read(rows, range(len(rows) + 1), ids)
 
-    def _read(self, rows: Sequence[int], ids: Sequence[Sequence[int]]) -> np.ndarray:
-        """Several ids behind what one row holds, or one behind what each of several holds -> (len(rows), V)."""
-        tokens, places = np.array([token for of_row in ids for token in of_row], np.int64), np.array(rows, np.int64)
-        starts = np.array([0, *accumulate(map(len, ids))], np.int64)
-        past = self.lengths[places]
-        self.lengths[places] = past + starts[1:] - starts[:-1]
-        assert self.lengths[places].max() <= self.context_length, "more tokens than the context holds"
-        assert min(map(min, ids)) >= 0 and max(map(max, ids)) < self.vocab_size, "no token of this model"
-        texts = kernels.Texts(places, starts, past)
-        alone = self.threads == 1 or len(tokens) * self._stage < WORTH_SHARING
+    def _read(self, rows: Sequence[int], starts: Sequence[int], ids: Sequence[int]) -> np.ndarray:
+        """Several ids behind what one row holds, or one behind what each of several holds: ids[starts[m] : starts[m + 1]] for rows[m] -> (len(rows), V)."""
+        assert 0 <= min(ids) <= max(ids) < self.vocab_size, "no token of this model"
+        past = [self.lengths[row] for row in rows]
+        for m, row in enumerate(rows):
+            self.lengths[row] += starts[m + 1] - starts[m]
+            assert self.lengths[row] <= self.context_length, "more tokens than the context holds"
+        texts = kernels.Texts(np.array(rows, np.int64), np.array(starts, np.int64), np.array(past, np.int64))
+        alone = self.threads == 1 or len(ids) * self._stage < WORTH_SHARING
         with nullcontext() if alone else self._together:
             kernels.use_threads(self.threads)
-            kernels.read(self._shape, self._weights, self._cache, texts, tokens, 1 if alone else self.threads, self._work)
+            kernels.read(self._shape, self._weights, self._cache, texts, np.array(ids, np.int64), 1 if alone else self.threads, self._work)
         return self._work.logits[: len(rows), : self.vocab_size].copy()
 
     def _room(self, N: int, S: int, numbers: type) -> kernels.Work:

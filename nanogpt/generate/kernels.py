@@ -13,16 +13,18 @@ N tokens at once, C channels, H query heads, G of them for each head of keys and
 """
 
 import math
+import threading
 from typing import NamedTuple
 
 import numba
 import numpy as np
 from numba import prange
 
-from nanogpt.generate.tile import PANEL, TOGETHER, add_together, as_float, compiled, larger, one_row, some_rows
+from nanogpt.generate.tile import PANEL, TOGETHER, add_together, as_float, as_others_left_it, compiled, larger, one_row, some_rows
 
 BLOCK = 8  # tokens of a text whose queries meet its keys together
 
+FIRST = np.int64(0)  # for a plain 0, Numba would compile anew
 one, half, zero = np.float32(1), np.float32(0.5), np.float32(0)
 
 
@@ -361,7 +363,7 @@ def attend(shape, norm, turn, queries, q, past, cache, thread, work, y):
             shares[t, behind - begin : (end - begin + PANEL - 1) // PANEL * PANEL] = 0
             scales[1, t] = settle(row, shares[t, seen - begin : behind - begin]) / total
         for p in range(len(cache.values)):
-            product(cache.values[p, begin >> pairs : end + pairs >> pairs], shares[:T], mix[:T], 0)
+            product(cache.values[p, begin >> pairs : end + pairs >> pairs], shares[:T], mix[:T], FIRST)
             for t in range(T):
                 row = y[first + t, p * PANEL : D]
                 for d in range(min(PANEL, row.size)):
@@ -382,7 +384,7 @@ def size(stage, shape, weights, texts, work):
         return len(texts.rows) * shape.n_kv_head
     if stage == ATTEND:
         return len(texts.rows) * shape.n_head
-    if stage == PROJ or stage == MLP_PROJ:
+    if stage in (PROJ, MLP_PROJ):
         return weights.proj.shape[1]
     if stage == FC:
         return work.hidden_numbers.shape[1] // PANEL
@@ -396,12 +398,12 @@ def part(stage, i, layer, thread, shape, weights, cache, texts, work):
     """Part i of a stage."""
     at, C, D = i * PANEL, work.mixed.shape[1], shape.head_dim
     normed = Rows(work.normed, work.normed_scales)
-    if stage == NORM_1 or stage == NORM_2:
+    if stage in (NORM_1, NORM_2):
         norm = weights.norms[2 * layer + (1 if stage == NORM_2 else 0)]
         work.normed_scales[i] = normalize(shape, norm, work.x[i, :C], work.mixed[i], work.normed[i, :C])
     elif stage == QKV:
         linear(weights.qkv[layer, i], weights.qkv_after[layer], normed, work.qkv, at)
-    elif stage == KEEP or stage == ATTEND:
+    elif stage in (KEEP, ATTEND):
         heads = shape.n_kv_head if stage == KEEP else shape.n_head
         m, head = i // heads, i % heads
         of = head if stage == KEEP else head // (shape.n_head // shape.n_kv_head)
@@ -444,13 +446,16 @@ def stages(thread, shape, weights, cache, texts, work):
         layer, stage, counts = at // HEAD, at % HEAD, work.counts[at]
         if at == len(work.counts) - 1:
             stage = HEAD
-        n = size(stage, shape, weights, texts, work)
-        i = add_together(counts, 0, 1)
+        n, mine = size(stage, shape, weights, texts, work), 0
+        some = max(1, n // (4 * len(work.scores)))  # parts at a time, so that a thread that is late leaves most of its own to others
+        i = add_together(counts, 0, some)
         while i < n:
-            part(stage, i, layer, thread, shape, weights, cache, texts, work)
-            add_together(counts, DONE, 1)
-            i = add_together(counts, 0, 1)
-        while add_together(counts, DONE, 0) < n:
+            for taken in range(i, min(n, i + some)):
+                part(stage, taken, layer, thread, shape, weights, cache, texts, work)
+                mine += 1
+            i = add_together(counts, 0, some)
+        add_together(counts, DONE, mine)
+        while as_others_left_it(counts, DONE) < n:
             pass
 
 
@@ -459,9 +464,9 @@ def together(threads, shape, weights, cache, texts, work):
     """A pass, by so many threads."""
     if threads > 1:
         for thread in prange(threads):
-            stages(thread, shape, weights, cache, texts, work)
+            stages(np.int64(thread), shape, weights, cache, texts, work)
     else:
-        stages(0, shape, weights, cache, texts, work)
+        stages(FIRST, shape, weights, cache, texts, work)
 
 
 @compiled
@@ -483,6 +488,9 @@ def read(shape, weights, cache, texts, tokens, threads, work):
     together(threads, shape, weights, cache, texts, work)
 
 
+_used = threading.local()  # how many threads this thread was told to use
+
+
 def most_threads() -> int:
     """As many as Numba has, which is one for each core."""
     return numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
@@ -490,4 +498,6 @@ def most_threads() -> int:
 
 def use_threads(threads: int) -> None:
     """How many of them `read` takes when this thread calls it."""
-    numba.set_num_threads(threads)
+    if getattr(_used, "threads", None) != threads:  # setting them takes 10 us
+        numba.set_num_threads(threads)
+        _used.threads = threads

@@ -55,78 +55,90 @@ def tile(R: int, width: int) -> Any:
     integers, floats, pairs = ir.VectorType(i32, LANES), ir.VectorType(ir.FloatType(), LANES), ir.VectorType(i32, 2 * LANES)
     pointer = i8.as_pointer()
     even, odd = (ir.Constant(integers, list(range(first, 2 * LANES, 2))) for first in (0, 1))
+    arguments = ir.FunctionType(ir.VoidType(), [pointer, i64, pointer, i64, i64, pointer, i64])  # panel, its steps, x, its row and item in bytes, y, its row
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        panel, x, y = (make_array(kind)(context, builder, value) for kind, value in zip(signature.args, arguments, strict=True))
-        kind = signature.args[0].dtype
-        item, together = kind.bitwidth // 8, 2 if kind == types.int8 else 1  # bytes of a weight; weights of an output that lie side by side
-        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fmuladd.v{LANES}f32")
-        fetch = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32]), "llvm.prefetch.p0")
+    def load(builder: Any, address: Any, of: Any, align: int) -> Any:
+        return builder.load(builder.bitcast(address, of.as_pointer()), align=align)
 
-        def at(array: Any, *offsets: tuple[Any, Any]) -> Any:
-            """The address that lies so many (steps, bytes each) behind the array's begin."""
-            address = builder.bitcast(array.data, pointer)
-            for steps, size in offsets:
-                address = builder.gep(address, [builder.mul(steps, size)])
-            return address
+    def weights(builder: Any, kind: Any, address: Any) -> Any:
+        """Those of 16 outputs."""
+        if kind == types.int8:
+            return builder.sext(load(builder, address, ir.VectorType(i8, 2 * LANES), 1), pairs)
+        if kind == types.uint16:
+            wide = builder.zext(load(builder, address, ir.VectorType(i16, LANES), 2), integers)
+            return builder.bitcast(builder.shl(wide, ir.Constant(integers, [16] * LANES)), floats)
+        return load(builder, address, floats, 4)
 
-        def load(address: Any, of: Any, align: int) -> Any:
-            return builder.load(builder.bitcast(address, of.as_pointer()), align=align)
+    def numbers(builder: Any, kind: Any, address: Any) -> Any:
+        """What they are multiplied by: 32 bits, as often as a vector has room for them."""
+        vector = integers if kind == types.int8 else floats
+        nothing, number = ir.Constant(vector, ir.Undefined), load(builder, address, vector.element, 2 if kind == types.int8 else 4)
+        everywhere = builder.shuffle_vector(builder.insert_element(nothing, number, i32(0)), nothing, ir.Constant(integers, [0] * LANES))
+        return builder.sext(builder.bitcast(everywhere, ir.VectorType(i16, 2 * LANES)), pairs) if kind == types.int8 else everywhere
 
-        def weights(address: Any) -> Any:
-            """Those of 16 outputs."""
-            if kind == types.int8:
-                return builder.sext(load(address, ir.VectorType(i8, 2 * LANES), 1), pairs)
-            if kind == types.uint16:
-                wide = builder.zext(load(address, ir.VectorType(i16, LANES), 2), integers)
-                return builder.bitcast(builder.shl(wide, ir.Constant(integers, [16] * LANES)), floats)
-            return load(address, floats, 4)
+    def added(builder: Any, kind: Any, number: Any, weight: Any, total: Any) -> Any:
+        """total + number * weight. What is said of pairs becomes a single instruction wherever there is one, as in all of x86."""
+        if kind != types.int8:
+            fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fmuladd.v{LANES}f32")
+            return builder.call(fma, [number, weight, total])
+        products = builder.mul(weight, number, flags=["nsw"])
+        firsts, seconds = (builder.shuffle_vector(products, ir.Constant(pairs, ir.Undefined), half) for half in (even, odd))
+        return builder.add(total, builder.add(firsts, seconds))
 
-        def numbers(address: Any) -> Any:
-            """What they are multiplied by: 32 bits, as often as a vector has room for them."""
-            number = load(address, i32, 2) if kind == types.int8 else load(address, ir.FloatType(), 4)
-            vector = integers if kind == types.int8 else floats
-            nothing = ir.Constant(vector, ir.Undefined)
-            everywhere = builder.shuffle_vector(builder.insert_element(nothing, number, i32(0)), nothing, ir.Constant(integers, [0] * LANES))
-            return builder.sext(builder.bitcast(everywhere, ir.VectorType(i16, 2 * LANES)), pairs) if kind == types.int8 else everywhere
-
-        def added(number: Any, weight: Any, total: Any) -> Any:
-            """total + number * weight. What is said of pairs becomes a single instruction wherever there is one, as in all of x86."""
-            if kind != types.int8:
-                return builder.call(fma, [number, weight, total])
-            products = builder.mul(weight, number, flags=["nsw"])
-            firsts, seconds = (builder.shuffle_vector(products, ir.Constant(pairs, ir.Undefined), half) for half in (even, odd))
-            return builder.add(total, builder.add(firsts, seconds))
-
-        rows, parts = [i64(r) for r in range(R)], [i64(part * LANES) for part in range(width // LANES)]
-        x_row, x_item = cgutils.unpack_tuple(builder, x.strides)
-        steps = cgutils.unpack_tuple(builder, panel.shape)[0]
-        zeros = ir.Constant(integers, [0] * LANES) if kind == types.int8 else ir.Constant(floats, [0.0] * LANES)
-        before, loop, behind = builder.block, builder.append_basic_block("multiply"), builder.append_basic_block("done")
+    def write(function: Any, kind: Any) -> None:
+        """The function's body."""
+        panel, steps, x, x_row, x_item, y, y_row = function.args
+        before, loop, behind = (function.append_basic_block(name) for name in ("begin", "multiply", "done"))
+        builder = ir.IRBuilder(before)
         builder.branch(loop)
         builder.position_at_end(loop)
+        fetch = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32]), "llvm.prefetch.p0")
+        size = kind.bitwidth // 8 * (2 if kind == types.int8 else 1)  # bytes of what is added to an output at a step
+        zeros = ir.Constant(integers, [0] * LANES) if kind == types.int8 else ir.Constant(floats, [0.0] * LANES)
+        parts = range(0, width, LANES)
+
+        def at(address: Any, *offsets: Any) -> Any:
+            for offset in offsets:
+                address = builder.gep(address, [offset])
+            return address
+
         k = builder.phi(i64)
         k.add_incoming(i64(0), before)
-        sums = {(r, part): builder.phi(zeros.type) for r in range(R) for part in range(len(parts))}
-        row = i64(PANEL * item * together)
-        for line in range(0, width * item * together, 64):
-            builder.call(fetch, [at(panel, (k, row), (i64(AHEAD + line), i64(1))), i32(0), i32(3), i32(1)])
-        taken = [weights(at(panel, (k, row), (part, i64(item * together)))) for part in parts]
+        sums = {(r, part): builder.phi(zeros.type) for r in range(R) for part in parts}
+        row, column = builder.mul(k, i64(PANEL * size)), builder.mul(k, x_item)
+        for line in range(0, width * size, 64):
+            builder.call(fetch, [at(panel, row, i64(AHEAD + line)), i32(0), i32(3), i32(1)])
+        taken = {part: weights(builder, kind, at(panel, row, i64(part * size))) for part in parts}
         for r in range(R):
-            number = numbers(at(x, (rows[r], x_row), (k, builder.mul(x_item, i64(together)))))
-            for part in range(len(parts)):
+            number = numbers(builder, kind, at(x, builder.mul(i64(r), x_row), column))
+            for part in parts:
                 total = sums[r, part]
                 total.add_incoming(zeros, before)
-                sums[r, part] = added(number, taken[part], total)
+                sums[r, part] = added(builder, kind, number, taken[part], total)
                 total.add_incoming(sums[r, part], loop)
         following = builder.add(k, i64(1))
         k.add_incoming(following, loop)
         builder.cbranch(builder.icmp_signed("<", following, steps), loop, behind)
         builder.position_at_end(behind)
-        y_row, y_item = cgutils.unpack_tuple(builder, y.strides)
         for (r, part), total in sums.items():
             result = builder.sitofp(total, floats) if kind == types.int8 else total
-            builder.store(result, builder.bitcast(at(y, (rows[r], y_row), (parts[part], y_item)), floats.as_pointer()), align=4)
+            builder.store(result, builder.bitcast(at(y, builder.mul(i64(r), y_row), i64(4 * part)), floats.as_pointer()), align=4)
+        builder.ret_void()
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        """A call of the function, which is one of its own in each module: where it is called from, nothing has to be compiled again."""
+        panel, x, y = (make_array(kind)(context, builder, value) for kind, value in zip(signature.args, values, strict=True))
+        kind = signature.args[0].dtype
+        function = cgutils.get_or_insert_function(builder.module, arguments, f"nanogpt_tile_{R}_{width}_{kind}")
+        if not function.blocks:
+            function.linkage = "linkonce_odr"
+            function.attributes.add("noinline")
+            write(function, kind)
+        x_row, x_item = cgutils.unpack_tuple(builder, x.strides)
+        x_step = builder.mul(x_item, i64(2 if kind == types.int8 else 1))
+        steps, y_row = cgutils.unpack_tuple(builder, panel.shape)[0], cgutils.unpack_tuple(builder, y.strides)[0]
+        data = (builder.bitcast(array.data, pointer) for array in (panel, x, y))
+        builder.call(function, [next(data), steps, next(data), x_row, x_step, next(data), y_row])
         return context.get_dummy_value()
 
     @intrinsic
@@ -148,6 +160,17 @@ def add_together(typing_context, numbers, i, more):  # type: ignore[no-untyped-d
         return builder.atomic_rmw("add", place, arguments[2], "acq_rel")
 
     return types.int64(numbers, types.int64, types.int64), generate
+
+
+@intrinsic
+def as_others_left_it(typing_context, numbers, i):  # type: ignore[no-untyped-def]
+    """numbers[i], int64, with what other threads have added by now; after it, all that they had written before is seen."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.gep(make_array(signature.args[0])(context, builder, arguments[0]).data, [arguments[1]])
+        return builder.load_atomic(place, "acquire", 8)
+
+    return types.int64(numbers, types.int64), generate
 
 
 @intrinsic
