@@ -222,6 +222,17 @@ def test_a_network_without_modules_is_the_same_and_leaves_the_other_alone(model_
     assert isinstance(model.blocks[0].ln_1, torch.nn.Module)
 
 
+@pytest.mark.parametrize("shape", [{}, {"arch": "modern"}])
+def test_weights_cast_once_give_what_casting_them_each_time_does(model_of, shape):
+    model, idx = model_of(**shape), torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        exact = model(idx)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = model(idx)
+            assert torch.equal(generate.bare(model, torch.bfloat16)(idx), cast)
+        assert not torch.equal(exact, cast.float())
+
+
 def test_log_probabilities_are_the_model_s_own(model_of, place):
     model = model_of(scale=1.0)
     unused = [*BARE, (0, 3)]

@@ -5,9 +5,10 @@ In: a model, a precision, rows, threads. Out: a `Decoder`. Refuses: to be import
 A text comes out the same, bit for bit, whatever the other rows hold and whether its tokens are read at once or one by one: see `kernels`.
 """
 
+import signal
 import threading
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -50,6 +51,8 @@ class FastDecoder:
         keys, values = ((*of_heads, outputs // P, -(-inputs // in_pairs), in_pairs * P) for outputs, inputs in ((S, D), (-(-D // P) * P, S)))
         self._cache = kernels.Cache(np.zeros(keys, kept), np.ones((*of_heads, S), np.float32), np.zeros(values, kept), np.ones((*of_heads, S), np.float32))
         self._work = self._room(max(min(AT_ONCE, config.context_length), rows), S, np.int16 if precision == "int8" else np.float32)
+        with interrupts_held():  # this compiles, or reads what was compiled
+            self.prefill(0, [0])
 
     def prefill(self, row: int, ids: Sequence[int]) -> np.ndarray:
         """Begin the row anew with ids, 1 to context_length of them -> (V,) float32, the logits of what follows."""
@@ -103,6 +106,29 @@ class FastDecoder:
             mix=rows(self.threads, kernels.BLOCK, kernels.PANEL),
             counts=rows(len(w.qkv) * kernels.HEAD + 2, kernels.COUNTS, kind=np.int64),
         )
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Have Ctrl-C wait until the block has ended, for LLVM does not survive an exception. A second one ends the process."""
+    if threading.current_thread() is not threading.main_thread():  # where none arrives
+        yield
+        return
+    pressed: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if pressed:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 @torch.no_grad()

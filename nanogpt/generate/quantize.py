@@ -37,7 +37,7 @@ def dequantized(model: GPT, precision: Precision) -> GPT:
         weight.copy_(_as_rounded(weight, precision))
     if precision == "int8":
         for block in cast(list[Block], list(model.blocks)):
-            block.attn.heads = _with_rounded_cache(block.attn.heads)  # type: ignore[method-assign]
+            block.attn.heads = _with_rounded_cache(block.attn.heads)  # type: ignore[method-assign, assignment]
     return model
 
 
@@ -50,8 +50,9 @@ def _with_rounded_cache(heads: Heads) -> Heads:
     """`Attention.heads` with keys and values (B, K, T, D) as an int8 cache keeps them: with a scale for each head of each token."""
 
     def rounding(x: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = heads(x, turn)
-        return q, *(_as_rounded(part.reshape(-1, part.shape[3]), "int8").view(part.shape).type_as(part) for part in (k, v))
+        q, *kept = heads(x, turn)
+        k, v = (_as_rounded(part.reshape(-1, part.shape[3]), "int8").view(part.shape).type_as(part) for part in kept)
+        return q, k, v
 
     return rounding
 

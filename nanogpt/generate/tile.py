@@ -39,7 +39,7 @@ def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
         folder.mkdir(parents=True, exist_ok=True)
     settings.CACHE_DIR = str(folder)  # read where a function is decorated
     try:
-        return numba.njit(function, cache=os.access(folder, os.W_OK), nogil=True, error_model="numpy", _nrt=False, **options)
+        return numba.njit(function, cache=os.access(folder, os.W_OK), nogil=True, error_model="numpy", _nrt=False, **options)  # type: ignore[call-overload]
     finally:
         settings.CACHE_DIR = elsewhere
 
