@@ -117,7 +117,7 @@ def test_an_evaluation_in_int8_is_of_the_rounded_weights(file, tmp_path):
         ids = [model.tokenizer.encode(TEXT)]
         written = [piece.logprob for _, piece in model.write([model.request(TEXT, seed=1, max_tokens=1, temperature=0)])]
         logits = model.logits(ids)[0, -1, : len(set(TEXT))]  # of those that were learned
-        assert written[0] == pytest.approx(float(logits.max() - np.log(np.exp(logits).sum())), abs=1e-4)
+        assert written[0] == pytest.approx(float(logits.max() - np.log(np.exp(logits).sum())), abs=1e-4 if dtype == "float32" else 1e-3)
     assert losses["int8"] != losses["float32"]
     assert losses["int8"] == pytest.approx(losses["float32"], rel=0.02)
 

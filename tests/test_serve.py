@@ -668,3 +668,11 @@ def test_counts_are_written_as_prometheus_reads_them():
         "# TYPE nanogpt_time_to_first_token_seconds histogram",
     ):
         assert line in lines
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where connections do not have it from the socket that listens, asyncio may set it")
+def test_answers_do_not_wait_for_more_to_fill_a_packet(tmp_path):
+    with serve._listen(ServeConfig(port=0), tmp_path) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
