@@ -116,14 +116,15 @@ def open_decoder(model: GPT, machine: Machine, dtype: str = "auto", rows: int = 
 
     It has fewer rows where the keys and values of so many would take more than half of the memory that is free.
     """
-    c = model.config
-    row = 2 * c.n_layer * c.context_length * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * 4  # bytes
+    c, fast = model.config, machine.device.type == "cpu" and _has_numba()
+    precision = cast(Precision, "int8" if dtype == "auto" else dtype)
+    row = 2 * c.n_layer * c.context_length * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * (1 if fast and precision == "int8" else 4)  # bytes
     free = free_memory(machine.device)
     rows = rows if free is None else min(rows, max(1, int(free / 2 / row)))
-    if machine.device.type == "cpu" and _has_numba():
+    if fast:
         from nanogpt.generate.fast import FastDecoder
 
-        return FastDecoder(model, cast(Precision, "int8" if dtype == "auto" else dtype), rows, machine.threads)
+        return FastDecoder(model, precision, rows, machine.threads)
     machine = machine.for_single_rows() if dtype == "auto" else machine
     return TorchDecoder(bare(model, machine.dtype), machine, rows, machine.deterministic)
 
