@@ -29,6 +29,7 @@ GRID = [  # layers, width, steps, Muon's learning rate, dropout, share of the tr
     *((n_layer, n_embd, 1350, RATES[1350], 0.0, 1.0) for n_layer, n_embd in ((2, 64), (3, 96), (4, 128), (4, 192))),
     (2, 64, 4050, RATES[4050], 0.0, 1.0),
     *((n_layer, n_embd, 2700, RATES[2700], 0.0, 1.0) for n_layer, n_embd in ((4, 192), (6, 256))),
+    (6, 256, 2700, RATES[2700], 0.2, 1.0),
     *((3, 96, steps, round(times * RATES[steps], 4), 0.0, 1.0) for steps in (150, 1350) for times in (0.5, 2.0)),
     *((4, 128, 450, RATES[450], dropout, 0.05) for dropout in (0.0, 0.1, 0.2)),
     *((n_layer, n_embd, 450, RATES[450], 0.0, 0.05) for n_layer, n_embd in ((2, 64), (3, 96))),

@@ -30,10 +30,10 @@ WORTH = 0.002  # nats that a larger model has to gain
 # Of small texts, from the same table. A twentieth of Tiny Shakespeare still gained from 18 parameters for each token. A quarter of it came to 1.869 read
 # 4 times, and read 8 times only to 1.903, or to 1.896 with dropout 0.1, which cost 0.037 where it was read 4 times: so such a run ends early, without dropout.
 PARAMETERS_PER_TOKEN, MOST_EPOCHS = 18, 6
-# Dropout pays once parameters per token times readings, of a run that reads much, is large. At 14 it cost 0.037 and at 28 gained 0.007, at 43 0.022 (a quarter
-# of the text); all of the text read 6 times gave 1.416 without at 32, and at 72 1.477 without, 1.411 with 0.1 and 1.403 with 0.2. Runs that read less than a
-# million tokens lost by it even at 355.
-DROPOUTS = ((50, 0.2), (25, 0.1))
+# Dropout pays once the load, parameters per token times readings, of a run that reads much, is large. At 14 dropout 0.1 cost 0.037 and at 28 gained 0.007, at
+# 43 0.022 (a quarter of the text). All of the text read 6 times gave at 32 1.410 without and 1.393 with 0.2, and at 72 1.477 without, 1.411 with 0.1 and 1.403
+# with 0.2: so much is too much. Runs that read less than a million tokens lost by dropout even at 355, and gained by parameters.
+HEAVY, DROPOUT, TOO_HEAVY = 25, 0.2, 50
 MUCH = 1.5e6
 FINISHING = 4.0  # seconds of a run that go into the last evaluation, and into saving
 SAMPLE_TOKENS = 2048  # on which a shape is timed
@@ -83,7 +83,7 @@ def choose(seconds: float, tokens: int, vocab_size: int, place: Machine, given: 
     evaluations = max(2, min(10, round(seconds / 45)))
     pick(f"for about {count} steps", batch_size=rows, eval_every=max(1, round(steps / evaluations)))
     per_token = body_parameters(model) / tokens
-    dropout = next((rate for load, rate in DROPOUTS if per_token * epochs > load and epochs * tokens > MUCH), 0.0)
+    dropout = DROPOUT if _load(model, epochs * tokens, tokens) > HEAVY else 0.0
     pick(f"the text is read {epochs:.2g} times, by {per_token:.2g} parameters for each token of it", dropout=dropout)
     if read > most:
         pick(f"fewer than the time allows: the text would be read more than {MOST_EPOCHS} times", steps=math.ceil(steps))
@@ -101,6 +101,8 @@ def _best_shape(given: dict[str, Any], seconds: float, tokens: int, vocab_size: 
         if best is not None and body_parameters(model) > PARAMETERS_PER_TOKEN * tokens:
             break
         read = seconds / token_seconds(model, vocab_size, place)
+        if best is not None and _load(model, min(read, MOST_EPOCHS * tokens), tokens) > TOO_HEAVY:
+            break
         loss = foreseen(body_parameters(model), min(read, MOST_EPOCHS * tokens), tokens)
         if best is None or loss <= best[0] - WORTH:
             best, worse = (loss, model, read), 0
@@ -110,6 +112,11 @@ def _best_shape(given: dict[str, Any], seconds: float, tokens: int, vocab_size: 
             break
     assert best is not None
     return best[1:]
+
+
+def _load(model: ModelConfig, read: float, tokens: int) -> float:
+    """How much a model that reads so many tokens, of a text of `tokens`, is tempted to learn it by heart: nothing before it has read much."""
+    return body_parameters(model) / tokens * (read / tokens) if read > MUCH else 0.0
 
 
 def _fitted(given: dict[str, Any], n_layer: int, n_embd: int) -> ModelConfig:

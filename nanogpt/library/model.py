@@ -232,8 +232,8 @@ class Model:
 def load(path: str | os.PathLike[str], **settings: Any) -> Model:
     """Open a run folder or a model file. `settings` may name `device`, `dtype`, `threads` and `deterministic`.
 
-    With `dtype` int8 the weights of all products, keys and values are rounded to it, also for `evaluate`, which so tells what that costs. `deterministic`: the text of a
-    seed is the same bit for bit whatever is written beside it.
+    With `dtype` int8 the weights of all products, keys and values are rounded to it, also for `evaluate`, which so tells what it costs. `deterministic`: the
+    text of a seed is the same bit for bit whatever is written beside it.
 
     Errors: `UserError` for a path that holds no model, a damaged file, a pickle, or a device that is not there.
     """
