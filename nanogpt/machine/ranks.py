@@ -30,6 +30,8 @@ WAIT_HOURS = 24.0  # and in which none may be waited for longer: the first prepa
 LOST = ("gloo", "Connection closed", "Connection reset", "NCCL", "Broken pipe")  # what PyTorch's errors say when another process is gone
 Value = TypeVar("Value")
 
+_beside: dict[Any, Any] = {}  # the line beside the group of all, which stays open as long as that does
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -154,8 +156,11 @@ class Ranks:
         return tensor if self.is_plain(tensor) else tensor.full_tensor()  # type: ignore[attr-defined]
 
     def beside(self) -> dist.ProcessGroup | None:
-        """A line of its own between the processes, for what a thread has to say while others talk; all of them have to ask for it."""
-        return dist.new_group(backend="gloo", timeout=timedelta(hours=WAIT_HOURS))
+        """A line of its own between the processes, for what a thread has to say while others talk; all have to ask for it, and get the same each time."""
+        if dist.group.WORLD not in _beside:
+            _beside.clear()  # of a group that is gone
+            _beside[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timedelta(hours=WAIT_HOURS))
+        return _beside[dist.group.WORLD]
 
     @staticmethod
     def is_plain(tensor: Tensor) -> bool:
