@@ -43,8 +43,8 @@ def bench(settings: dict[str, Any], seconds: float = 10.0, tokens: int = 200) ->
     with machine.eager():
         engine = generate.Engine(generate.open_decoder(model.eval(), place), text.tokenizer, [(text.tokenizer.end, text.tokenizer.end + 1)])
         engine.add(generate.Request(prompt, SamplingConfig(max_tokens=tokens + 1), 1))
-        moments = [time.perf_counter() for _ in iter(engine.step, [])]
-    pace = statistics.median(after - before for before, after in itertools.pairwise(moments))
+        steps = [(len(pieces), time.perf_counter()) for pieces in iter(engine.step, [])]
+    pace = statistics.median((after - before) / made for (_, before), (made, after) in itertools.pairwise(steps))
     per_step, step = settled.training.batch_size * settled.model.context_length, statistics.median(times)
     speed = per_step / step * flops_per_token(settled.model, text.tokenizer.vocab_size)
     peak = machine.peak(place.device, place.dtype)

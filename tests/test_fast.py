@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt import checkpoint
-from nanogpt.config import ModelConfig
+from nanogpt import checkpoint, generate
+from nanogpt.config import ModelConfig, SamplingConfig
 from nanogpt.generate.decoder import TorchDecoder
 from nanogpt.generate.quantize import dequantized, head_matrix, rounded
+from nanogpt.tokenizer import train_tokenizer
 
 pytest.importorskip("numba")
 from nanogpt.generate import fast, kernels
@@ -122,6 +123,37 @@ def test_several_threads_give_what_one_does(make_model):
     assert np.array_equal(write(one, 0, ids[:12], ids[12:]), write(two, 0, ids[:12], ids[12:]))
 
 
+@pytest.mark.parametrize("precision", ["int8", "float32"])
+@pytest.mark.parametrize("off", [1.0, 1.5])
+def test_a_text_that_is_drafted_is_the_one_that_is_made_token_by_token(make_model, monkeypatch, precision, off):
+    """Across the edge of the context, with biases and without temperature; with `off`, drafts are drawn by another temperature, and so are often wrong."""
+    model, drafted = make_model(context_length=24, scale=1.0), []
+
+    class Off(FastDecoder):
+        def draft(self, row, token, chances, temperature, added):
+            drafted.append(len(chances))
+            return super().draft(row, token, chances, temperature * off, added)
+
+    letters = train_tokenizer("char", ["abcdefghi\n"])
+    wanted = [
+        generate.Request([1, 2], SamplingConfig(max_tokens=90, temperature=1.0), 5),
+        generate.Request([3], SamplingConfig(max_tokens=41, temperature=0, logit_bias={4: 1.0}), 6),
+        generate.Request([3], SamplingConfig(max_tokens=60, allowed=(1, 2, 3), stop=("abc", "cba")), 7, n_top=2),
+        generate.Request([3], SamplingConfig(max_tokens=30, top_k=3), 8),
+    ]
+    decoder = Off(model, precision)
+    one_by_one = Off(model, precision)
+    one_by_one.ahead = 1
+    for request in wanted:
+        texts = []
+        for each in (decoder, one_by_one):
+            engine = generate.Engine(each, letters)
+            engine.add(request)
+            texts.append([(p.token, p.text, p.logprob, p.top, p.finish) for pieces in iter(engine.step, []) for p in pieces])
+        assert texts[0] == texts[1]
+    assert max(drafted) > 5
+
+
 def test_misuse_is_noticed(make_model):
     decoder = FastDecoder(make_model(), "float32")
     decoder.prefill(0, [1] * 8)
@@ -170,8 +202,8 @@ except UserError as error:
 """
 ELSEWHERE = """
 import torch
-from nanogpt import checkpoint
-from nanogpt.config import ModelConfig
+from nanogpt import checkpoint, generate
+from nanogpt.config import ModelConfig, SamplingConfig
 from nanogpt.generate.fast import FastDecoder
 from nanogpt.generate.kernels import numba, read
 model = checkpoint.empty_model(ModelConfig(n_layer=1, n_head=1, n_embd=8, context_length=4), 5, "cpu")

@@ -7,7 +7,7 @@ import copy
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -33,6 +33,27 @@ class Decoder(Protocol):
 
     def decode(self, rows: Sequence[int], ids: Sequence[int]) -> np.ndarray:
         """One more id for each of the rows, which are different ones, begun and not full, in rising order -> (len(rows), V) float32."""
+        ...
+
+
+@runtime_checkable
+class Drafter(Decoder, Protocol):
+    """A decoder that goes on with a text by itself for some tokens, faster than when it is told each; who draws them says which were right.
+
+    Its own drawing may round otherwise, and so what comes out does not depend on it (Leviathan et al. 2023, "Speculative decoding": guess, then verify).
+    """
+
+    ahead: int  # the most tokens in a call
+
+    def draft(self, row: int, token: int, chances: Sequence[float], temperature: float, added: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """Read `token` in a row, and then, but for the last, what each of the chances (T,) draws: from the logits with `added` (V,) float32, by temperature.
+
+        -> the logits (T, V) float32 from which they are drawn, without what is added, and the T - 1 tokens that were read.
+        """
+        ...
+
+    def take_back(self, row: int, n: int) -> None:
+        """Have the last n tokens that the row holds not be read."""
         ...
 
 

@@ -2,7 +2,8 @@
 
 In: requests. Out: in each step, for every text that is in, what became certain of it (Yu et al. 2022, "Orca", section 3.1: continuous batching).
 
-A text does not depend on what else is there: its random numbers are a function of its seed and the number of the token. When the context is full, its
+A text does not depend on what else is there: its random numbers are a function of its seed and the number of the token. One that is alone advances by
+several tokens a step where the decoder can draft them, and each is drawn again here, so that it comes out the same. When the context is full, its
 last half is read again and the text goes on, which keeps the average cost of a token constant. One thread runs an engine.
 """
 
@@ -15,8 +16,8 @@ import numpy as np
 
 from nanogpt.config import SamplingConfig
 from nanogpt.errors import UserError
-from nanogpt.generate.decoder import Decoder
-from nanogpt.generate.filters import Sampler, chances
+from nanogpt.generate.decoder import Decoder, Drafter
+from nanogpt.generate.filters import COLDEST, Sampler, bias, uniforms
 from nanogpt.generate.text import Ranges, Spelling
 from nanogpt.tokenizer import Tokenizer
 
@@ -41,7 +42,8 @@ class Text:
         self.start = 0  # the model sees the ids from here on
         self.row: int | None = None
         self.fresh, self.cancelled = True, False  # fresh: its row does not hold its ids
-        self.spelling, self.chances = Spelling(tokenizer, request.settings.stop), chances(request.seed)
+        self.spelling = Spelling(tokenizer, request.settings.stop)
+        self._chances: list[float] = []  # those of all tokens so far, and some more
         self.seen = np.zeros(tokenizer.vocab_size, bool) if request.settings.repetition_penalty != 1 else None
         if self.seen is not None:
             self.seen[self.ids] = True
@@ -50,6 +52,13 @@ class Text:
     def made(self) -> int:
         """How many tokens were drawn."""
         return len(self.ids) - len(self.request.prompt)
+
+    def chances(self, n: int) -> list[float]:
+        """The random numbers that draw the next n tokens."""
+        while len(self._chances) < self.made + n:
+            first = len(self._chances)
+            self._chances += uniforms(self.request.seed, np.arange(first, first + 128)).tolist()
+        return self._chances[self.made : self.made + n]
 
     def cancel(self) -> None:
         """Have it leave at the next step, wherever it stands."""
@@ -80,6 +89,7 @@ class Engine:
         self.decoder, self.tokenizer = decoder, tokenizer
         self.waiting: deque[Text] = deque()
         self.inside: list[Text] = []  # by row, in rising order
+        self.drafter = decoder if isinstance(decoder, Drafter) else None
         self.sampler: Sampler | None = None  # of those inside
         self.banned = np.zeros(tokenizer.vocab_size, np.float32)  # added to logits
         for first, behind in unused:
@@ -103,26 +113,51 @@ class Engine:
         return text
 
     def step(self) -> list[Piece]:
-        """Let texts leave that were cancelled, and others in; advance each that is in by one token."""
+        """Let texts leave that were cancelled, and others in; advance each that is in by one token, or one that is alone by several."""
         pieces = self._turn_away() + self._let_in()
         if not self.inside:
             return pieces
-        logits = self._logits() + self.banned  # (B, V)
-        if self.sampler is None:
-            self.sampler = Sampler([text.request.settings for text in self.inside], logits.shape[1])
+        ahead = self._ahead()
+        if ahead > 1:
+            texts, chances = self.inside * ahead, self.inside[0].chances(ahead)
+            logits, drafted = self._draft(chances)
+        else:
+            texts, chances = self.inside, [text.chances(1)[0] for text in self.inside]
+            logits, drafted = self._logits(), []
+        logits += self.banned  # (B, V)
+        if self.sampler is None or self.sampler.n != len(texts):
+            self.sampler = Sampler([text.request.settings for text in texts], logits.shape[1])
         seen = None
         if self.sampler.penalty is not None:
             nothing = np.zeros(logits.shape[1], bool)
             seen = np.stack([nothing if text.seen is None else text.seen for text in self.inside])
-        tokens = self.sampler(logits, [next(text.chances) for text in self.inside], seen)
+        tokens = self.sampler(logits, chances, seen).tolist()
         logits -= np.maximum.reduce(logits, axis=1, keepdims=True)
         totals = np.log(np.add.reduce(np.exp(logits), axis=1)).tolist()
-        for i, (text, token) in enumerate(zip(self.inside, tokens.tolist(), strict=True)):
+        for i, (text, token) in enumerate(zip(texts, tokens, strict=True)):
             top = _likeliest(logits[i] - totals[i], text.request.n_top) if text.request.n_top else []
             pieces.append(_advance(text, token, logits.item(i, token) - totals[i], top))
-        if any(piece.finish for piece in pieces):
-            self._keep([piece.of for piece in pieces if piece.finish is None])
+            if drafted[i : i + 1] not in ([], [token]) or (drafted and pieces[-1].finish):
+                self.drafter.take_back(text.row, len(drafted) - i)
+                break
+        if ended := {piece.of for piece in pieces if piece.finish}:
+            self._keep([text for text in self.inside if text not in ended])
         return pieces
+
+    def _ahead(self) -> int:
+        """By how many tokens the next step goes ahead: more than one for a text that is alone in a decoder that drafts, which knows temperatures only."""
+        if self.drafter is None or len(self.inside) > 1 or self.inside[0].fresh:
+            return 1
+        text, settings = self.inside[0], self.inside[0].request.settings
+        if (settings.repetition_penalty, settings.top_k, settings.top_p, settings.min_p) != (1, None, 1, 0):
+            return 1
+        return min(self.drafter.ahead, settings.max_tokens - text.made, self.decoder.context_length - (len(text.ids) - text.start) + 1)
+
+    def _draft(self, chances: Sequence[float]) -> tuple[np.ndarray, list[int]]:
+        """The logits of the next tokens of the only text, (T, V), and T - 1 of the tokens, as the decoder drew them."""
+        text, settings = self.inside[0], self.inside[0].request.settings
+        added = self.banned + bias(settings, len(self.banned))
+        return self.drafter.draft(text.row, text.ids[-1], chances, max(settings.temperature, COLDEST), added)
 
     def _turn_away(self) -> list[Piece]:
         """Take out those that were cancelled."""

@@ -27,6 +27,7 @@ except ModuleNotFoundError as error:
 
 WORTH_SHARING = 100_000  # multiply-adds in a stage: sharing them among threads takes 2 us (measured, two cores), in which one thread does half of them
 AT_ONCE = 256  # tokens of a prompt: what goes from layer to layer stays in the processor's cache
+AHEAD, AHEAD_BYTES = 16, 300e6  # the most tokens that a text drafts in a call, and weights that are read for it: within some 10 ms, since others may come
 
 
 class FastDecoder:
@@ -44,6 +45,8 @@ class FastDecoder:
         epsilon = np.float32(EPSILON if config.arch == "modern" else cast(nn.LayerNorm, model.ln_f).eps)
         self._shape = kernels.Shape(config.arch == "modern", config.n_head, kv_heads, D, window, epsilon)
         self._weights = packed(model, precision)
+        self.ahead = max(1, min(AHEAD, int(AHEAD_BYTES / sum(getattr(self._weights, name).nbytes for name in kernels.MATRICES))))
+        self._draws = kernels.Draws(np.float32(1), np.zeros(self.vocab_size, np.float32), np.zeros(0), np.zeros(self.vocab_size, np.float32))
         self._stage = sum(getattr(self._weights, name).size for name in kernels.MATRICES) / (5 * config.n_layer + 1)  # multiply-adds in one, for a token
         S = -(-config.context_length // P) * P
         kept, in_pairs = (np.int8, 2) if precision == "int8" else (np.float32, 1)
@@ -66,6 +69,19 @@ class FastDecoder:
         """One more id for each of the rows, which are different ones, begun and not full -> (len(rows), V) float32."""
         return self._read(rows, range(len(rows) + 1), ids)
 
+    def draft(self, row: int, token: int, chances: Sequence[float], temperature: float, added: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """As in `Drafter`."""
+        T, tokens = len(chances), np.array([token, *[0] * (len(chances) - 1)], np.int64)
+        assert self.lengths[row] + T <= self.context_length, "more tokens than the context holds"
+        draws = kernels.Draws(np.float32(temperature), added, np.array(chances[:-1], np.float64), self._draws.shares)
+        logits = self._run(kernels.Texts(np.array([row]), np.array([0, 1]), np.array([self.lengths[row]])), tokens, draws)
+        self.lengths[row] += T
+        return logits, tokens[1:].tolist()
+
+    def take_back(self, row: int, n: int) -> None:
+        """As in `Drafter`."""
+        self.lengths[row] -= n
+
     def _read(self, rows: Sequence[int], starts: Sequence[int], ids: Sequence[int]) -> np.ndarray:
         """Several ids behind what one row holds, or one behind what each of several holds: ids[starts[m] : starts[m + 1]] for rows[m] -> (len(rows), V)."""
         assert 0 <= min(ids) <= max(ids) < self.vocab_size, "no token of this model"
@@ -74,11 +90,15 @@ class FastDecoder:
             self.lengths[row] += starts[m + 1] - starts[m]
             assert self.lengths[row] <= self.context_length, "more tokens than the context holds"
         texts = kernels.Texts(np.array(rows, np.int64), np.array(starts, np.int64), np.array(past, np.int64))
-        alone = self.threads == 1 or len(ids) * self._stage < WORTH_SHARING
+        return self._run(texts, np.array(ids, np.int64), self._draws)
+
+    def _run(self, texts: kernels.Texts, tokens: np.ndarray, draws: kernels.Draws) -> np.ndarray:
+        """`kernels.read`, by as many threads as it is worth -> its logits."""
+        alone = self.threads == 1 or texts.starts[-1] * self._stage < WORTH_SHARING
         with nullcontext() if alone else self._together:
             kernels.use_threads(self.threads)
-            kernels.read(self._shape, self._weights, self._cache, texts, np.array(ids, np.int64), 1 if alone else self.threads, self._work)
-        return self._work.logits[: len(rows), : self.vocab_size].copy()
+            kernels.read(self._shape, self._weights, self._cache, texts, tokens, draws, 1 if alone else self.threads, self._work)
+        return self._work.logits[: len(texts.rows) + len(draws.chances), : self.vocab_size].copy()
 
     def _room(self, N: int, S: int, numbers: type) -> kernels.Work:
         """Room for what passes over up to N tokens make, of S positions, and of these numbers to multiply."""
@@ -99,12 +119,12 @@ class FastDecoder:
             hidden=rows(N, w.fc_after.shape[2]),
             hidden_numbers=rows(N, w.fc_after.shape[2] // (1 + shape.modern), kind=numbers),
             hidden_scales=rows(N),
-            logits=rows(N, w.head_after.shape[1]),
+            logits=rows(max(N, self.ahead), w.head_after.shape[1]),
             scores=rows(self.threads, kernels.BLOCK, S),
             shares=rows(self.threads, kernels.BLOCK, S, kind=numbers),
             scales=rows(self.threads, 2, kernels.BLOCK),
             mix=rows(self.threads, kernels.BLOCK, kernels.PANEL),
-            counts=rows(len(w.qkv) * kernels.HEAD + 2, kernels.COUNTS, kind=np.int64),
+            counts=rows(self.ahead * (len(w.qkv) * kernels.HEAD + 3), kernels.COUNTS, kind=np.int64),
         )
 
 

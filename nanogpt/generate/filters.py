@@ -5,8 +5,7 @@ In: logits (B, V) float32 of B texts, each with settings and random numbers of i
 Every filter takes (B, V), and what it needs to know for each row, and gives (B, V): what may no longer be drawn is at -inf. B texts, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -72,12 +71,6 @@ def _mix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def chances(seed: int) -> Iterator[float]:
-    """The `uniforms` of places 0, 1, 2 and so on."""
-    for first in count(0, 128):
-        yield from uniforms(seed, np.arange(first, first + 128)).tolist()
-
-
 class Sampler:
     """Draws the next token of B texts at once, each by its own settings: the filters that any of them asks for, in the order of the lines of `filtered`."""
 
@@ -87,6 +80,7 @@ class Sampler:
             values = [getattr(one, name) for one in settings]
             return None if all(value == off for value in values) else np.array([neutral if value == off else value for value in values])
 
+        self.n = len(settings)
         self.penalty = column("repetition_penalty", 1, 1.0)
         self.k = column("top_k", None, vocab_size)
         self.p = column("top_p", 1, np.inf)

@@ -1,4 +1,5 @@
-"""The forward pass of a GPT, compiled by Numba: one call reads some new tokens of several texts and gives the logits of what follows.
+"""The forward pass of a GPT, compiled by Numba: one call reads some new tokens of several texts and gives the logits of what follows; of a text that is
+alone it can go on with what it draws.
 
 In: weights in panels, keys and values of what was read before, tokens. Out: logits.
 
@@ -71,6 +72,15 @@ class Texts(NamedTuple):
     past: np.ndarray  # (M,)
 
 
+class Draws(NamedTuple):
+    """How the tokens are drawn with which a text goes on in the same call: T - 1 of them, or none."""
+
+    temperature: np.float32
+    added: np.ndarray  # (V,): to the logits
+    chances: np.ndarray  # (T - 1,) in [0, 1)
+    shares: np.ndarray  # (V,): room
+
+
 class Cache(NamedTuple):
     """What was read, of each layer, row of texts, and head of keys and values; panels as those of weights, and for int8 a scale of each position, else 1."""
 
@@ -100,12 +110,12 @@ class Work(NamedTuple):
     hidden: np.ndarray  # (N, 4 C or so); in modern, gates and values
     hidden_numbers: np.ndarray  # (N, 4 C or so): as Rows
     hidden_scales: np.ndarray
-    logits: np.ndarray  # (N, V or more)
+    logits: np.ndarray  # (N or T, V or more)
     scores: np.ndarray  # (threads, BLOCK, S) of a head
     shares: np.ndarray  # the same as Rows
     scales: np.ndarray  # (threads, 2, BLOCK) of queries and shares
     mix: np.ndarray  # (threads, BLOCK, 64)
-    counts: np.ndarray  # (stages, COUNTS)
+    counts: np.ndarray  # (T stages, COUNTS)
 
 
 MOST, MOST_OF_ALL = np.float32(32767), np.float32(2e9 / 127)  # of a row of integers: each, and the sum of all
@@ -294,6 +304,20 @@ def softmax(scores):
     return total
 
 
+@compiled
+def draw(logits, draws, chance):
+    """logits (V or more) -> the token that `filters.draw` gives for this chance, unless the chance falls within rounding of a border."""
+    shares, reached = draws.shares, 0.0
+    for v in range(shares.size):
+        shares[v] = (logits[v] + draws.added[v]) / draws.temperature
+    goal = chance * softmax(shares)
+    for v in range(shares.size):
+        reached += shares[v]
+        if reached > goal:
+            return v
+    return shares.size - 1
+
+
 @compiled(fastmath={"contract"})
 def rotate(x, cos, sin):
     """x (D,) with channels i and i + D / 2 turned as a pair by cos and sin (D / 2,)."""
@@ -370,14 +394,14 @@ def attend(shape, norm, turn, queries, q, past, cache, thread, work, y):
                     row[d] = mix[t, d] * scales[1, t]
 
 
-# The stages of a layer, and the last; each has many parts, which can be computed at once.
-NORM_1, QKV, KEEP, ATTEND, MIXED, PROJ, NORM_2, FC, HIDDEN, MLP_PROJ, HEAD = range(11)
+# The stages of a layer, then the last and the first of a pass; each has many parts, which can be computed at once.
+NORM_1, QKV, KEEP, ATTEND, MIXED, PROJ, NORM_2, FC, HIDDEN, MLP_PROJ, HEAD, EMBED = range(12)
 DONE, COUNTS = 8, 16  # where parts that are done are counted, another cache line than that of those taken
 
 
 @compiled
 def size(stage, shape, weights, texts, work):
-    """How many parts a stage has: rows, panels of outputs, or heads of texts."""
+    """How many parts a stage has: rows, panels of outputs, texts, or heads of texts."""
     if stage == QKV:
         return weights.qkv.shape[1]
     if stage == KEEP:
@@ -390,12 +414,14 @@ def size(stage, shape, weights, texts, work):
         return work.hidden_numbers.shape[1] // PANEL
     if stage == HEAD:
         return len(weights.head)
+    if stage == EMBED:
+        return len(texts.rows)
     return len(work.x)
 
 
 @compiled
-def part(stage, i, layer, thread, shape, weights, cache, texts, work):
-    """Part i of a stage."""
+def part(stage, i, t, layer, thread, shape, weights, cache, texts, tokens, draws, work):
+    """Part i of a stage of pass t."""
     at, C, D = i * PANEL, work.mixed.shape[1], shape.head_dim
     normed = Rows(work.normed, work.normed_scales)
     if stage in (NORM_1, NORM_2):
@@ -431,27 +457,40 @@ def part(stage, i, layer, thread, shape, weights, cache, texts, work):
         work.hidden_scales[i] = settle(work.hidden[i, : numbers.size], numbers)
     elif stage == MLP_PROJ:
         add_linear(weights.mlp_proj[layer, i], weights.mlp_proj_after[layer], Rows(work.hidden_numbers, work.hidden_scales), work.qkv, work.x, at)
+    elif stage == HEAD:
+        M = len(texts.rows)
+        first = len(work.normed) - M
+        linear(weights.head[i], weights.head_after, Rows(work.normed[first:], work.normed_scales[first:]), work.logits[t : t + M], at)
     else:
-        first = len(work.normed) - len(work.logits)
-        linear(weights.head[i], weights.head_after, Rows(work.normed[first:], work.normed_scales[first:]), work.logits, at)
+        if t > 0:
+            tokens[t] = draw(work.logits[t - 1], draws, draws.chances[t - 1])
+            texts.past[0] += 1
+        for n in range(texts.starts[i], texts.starts[i + 1]):
+            token, position = tokens[t + n], texts.past[i] + n - texts.starts[i]
+            for c in range(C):
+                work.x[n, c] = weights.embedding[token, c] + weights.positions[position, c]
 
 
 @compiled
-def stages(thread, shape, weights, cache, texts, work):
-    """A pass, as each thread goes through it: it does those parts of a stage that no other has taken, and waits until all are done.
+def stages(thread, shape, weights, cache, texts, tokens, draws, work):
+    """All passes, as each thread goes through them: it does those parts of a stage that no other has taken, and waits until all are done.
 
     So none waits for a thread that has not begun, and it does not matter how many there are.
     """
+    last = len(weights.qkv) * HEAD + 1  # behind EMBED, the layers' stages and another NORM_1
     for at in range(len(work.counts)):
-        layer, stage, counts = at // HEAD, at % HEAD, work.counts[at]
-        if at == len(work.counts) - 1:
+        t, step, counts = at // (last + 2), at % (last + 2) - 1, work.counts[at]
+        layer, stage = step // HEAD, step % HEAD
+        if step == last:
             stage = HEAD
+        elif step < 0:
+            stage = EMBED
         n, mine = size(stage, shape, weights, texts, work), 0
         some = max(1, n // (4 * len(work.scores)))  # parts at a time, so that a thread that is late leaves most of its own to others
         i = add_together(counts, 0, some)
         while i < n:
             for taken in range(i, min(n, i + some)):
-                part(stage, taken, layer, thread, shape, weights, cache, texts, work)
+                part(stage, taken, t, layer, thread, shape, weights, cache, texts, tokens, draws, work)
                 mine += 1
             i = add_together(counts, 0, some)
         add_together(counts, DONE, mine)
@@ -460,32 +499,29 @@ def stages(thread, shape, weights, cache, texts, work):
 
 
 @compiled(parallel=PRANGE_ONLY)
-def together(threads, shape, weights, cache, texts, work):
-    """A pass, by so many threads."""
+def together(threads, shape, weights, cache, texts, tokens, draws, work):
+    """All passes, by so many threads."""
     if threads > 1:
         for thread in prange(threads):
-            stages(np.int64(thread), shape, weights, cache, texts, work)
+            stages(np.int64(thread), shape, weights, cache, texts, tokens, draws, work)
     else:
-        stages(FIRST, shape, weights, cache, texts, work)
+        stages(FIRST, shape, weights, cache, texts, tokens, draws, work)
 
 
 @compiled
-def read(shape, weights, cache, texts, tokens, threads, work):
+def read(shape, weights, cache, texts, tokens, draws, threads, work):
     """Read new tokens (N,) of M texts -> in work the logits (M, V or more) of what follows each, if there is one token of each, or all are of one text.
 
-    The cache holds what was read, and takes what is; work has room for as many tokens, or more.
+    With T - 1 chances, of one text, tokens are (T,): the first is read, each of the others is drawn from the logits before it, put there, and read; the
+    logits of all are (T, V or more). The cache holds what was read, and takes what is; work has room for as many tokens, or more.
     """
-    N, M = len(tokens), len(texts.rows)
+    N, passes = texts.starts[-1], 1 + len(draws.chances)
     work = Work(
         work.x[:N], work.normed[:N], work.normed_scales[:N], work.qkv[:N], work.mixed[:N], work.mixed_numbers[:N], work.mixed_scales[:N],
-        work.hidden[:N], work.hidden_numbers[:N], work.hidden_scales[:N], work.logits[:M], work.scores, work.shares, work.scales, work.mix, work.counts,
+        work.hidden[:N], work.hidden_numbers[:N], work.hidden_scales[:N], work.logits, work.scores, work.shares, work.scales, work.mix, work.counts[: passes * (len(weights.qkv) * HEAD + 3)],
     )  # fmt: skip
     work.counts[:] = 0
-    for m in range(M):
-        for n in range(texts.starts[m], texts.starts[m + 1]):
-            for c in range(weights.embedding.shape[1]):
-                work.x[n, c] = weights.embedding[tokens[n], c] + weights.positions[texts.past[m] + n - texts.starts[m], c]
-    together(threads, shape, weights, cache, texts, work)
+    together(threads, shape, weights, cache, texts, tokens, draws, work)
 
 
 _used = threading.local()  # how many threads this thread was told to use
