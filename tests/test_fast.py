@@ -127,18 +127,18 @@ def test_several_threads_give_what_one_does(make_model):
 @pytest.mark.parametrize("off", [1.0, 1.5])
 def test_a_text_that_is_drafted_is_the_one_that_is_made_token_by_token(make_model, monkeypatch, precision, off):
     """Across the edge of the context, with biases and without temperature; with `off`, drafts are drawn by another temperature, and so are often wrong."""
-    model, drafted = make_model(context_length=24, scale=1.0), []
+    letters = train_tokenizer("char", ["abcdefghi\n"])
+    model, drafted = make_model(letters.vocab_size, context_length=24, scale=1.0), []
 
     class Off(FastDecoder):
         def draft(self, row, token, chances, temperature, added):
             drafted.append(len(chances))
             return super().draft(row, token, chances, temperature * off, added)
 
-    letters = train_tokenizer("char", ["abcdefghi\n"])
     wanted = [
         generate.Request([1, 2], SamplingConfig(max_tokens=90, temperature=1.0), 5),
         generate.Request([3], SamplingConfig(max_tokens=41, temperature=0, logit_bias={4: 1.0}), 6),
-        generate.Request([3], SamplingConfig(max_tokens=60, allowed=(1, 2, 3), stop=("abc", "cba")), 7, n_top=2),
+        generate.Request([3], SamplingConfig(max_tokens=60, allowed=tuple(letters.encode("abc")), stop=("abc", "cba")), 7, n_top=2),
         generate.Request([3], SamplingConfig(max_tokens=30, top_k=3), 8),
     ]
     decoder = Off(model, precision)

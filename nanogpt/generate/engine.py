@@ -137,8 +137,8 @@ class Engine:
         for i, (text, token) in enumerate(zip(texts, tokens, strict=True)):
             top = _likeliest(logits[i] - totals[i], text.request.n_top) if text.request.n_top else []
             pieces.append(_advance(text, token, logits.item(i, token) - totals[i], top))
-            if drafted[i : i + 1] not in ([], [token]) or (drafted and pieces[-1].finish):
-                self.drafter.take_back(text.row, len(drafted) - i)
+            if self.drafter is not None and drafted and (pieces[-1].finish or drafted[i : i + 1] not in ([], [token])):
+                self.drafter.take_back(text.row, len(drafted) - i)  # type: ignore[arg-type]
                 break
         if ended := {piece.of for piece in pieces if piece.finish}:
             self._keep([text for text in self.inside if text not in ended])
@@ -157,6 +157,7 @@ class Engine:
         """The logits of the next tokens of the only text, (T, V), and T - 1 of the tokens, as the decoder drew them."""
         text, settings = self.inside[0], self.inside[0].request.settings
         added = self.banned + bias(settings, len(self.banned))
+        assert self.drafter is not None and text.row is not None
         return self.drafter.draft(text.row, text.ids[-1], chances, max(settings.temperature, COLDEST), added)
 
     def _turn_away(self) -> list[Piece]:

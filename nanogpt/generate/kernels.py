@@ -518,7 +518,8 @@ def read(shape, weights, cache, texts, tokens, draws, threads, work):
     N, passes = texts.starts[-1], 1 + len(draws.chances)
     work = Work(
         work.x[:N], work.normed[:N], work.normed_scales[:N], work.qkv[:N], work.mixed[:N], work.mixed_numbers[:N], work.mixed_scales[:N],
-        work.hidden[:N], work.hidden_numbers[:N], work.hidden_scales[:N], work.logits, work.scores, work.shares, work.scales, work.mix, work.counts[: passes * (len(weights.qkv) * HEAD + 3)],
+        work.hidden[:N], work.hidden_numbers[:N], work.hidden_scales[:N], work.logits, work.scores, work.shares, work.scales, work.mix,
+        work.counts[: passes * (len(weights.qkv) * HEAD + 3)],
     )  # fmt: skip
     work.counts[:] = 0
     together(threads, shape, weights, cache, texts, tokens, draws, work)
