@@ -157,7 +157,8 @@ class Engine:
         """The logits of the next tokens of the only text, (T, V), and T - 1 of the tokens, as the decoder drew them."""
         text, settings = self.inside[0], self.inside[0].request.settings
         added = self.banned + bias(settings, len(self.banned))
-        assert self.drafter is not None and text.row is not None
+        assert self.drafter is not None
+        assert text.row is not None
         return self.drafter.draft(text.row, text.ids[-1], chances, max(settings.temperature, COLDEST), added)
 
     def _turn_away(self) -> list[Piece]:
