@@ -125,15 +125,19 @@ def test_several_threads_give_what_one_does(make_model):
 
 @pytest.mark.parametrize("precision", ["int8", "float32"])
 @pytest.mark.parametrize("off", [1.0, 1.5])
-def test_a_text_that_is_drafted_is_the_one_that_is_made_token_by_token(make_model, monkeypatch, precision, off):
+def test_a_text_that_is_drafted_is_the_one_that_is_made_token_by_token(make_model, precision, off):
     """Across the edge of the context, with biases and without temperature; with `off`, drafts are drawn by another temperature, and so are often wrong."""
     letters = train_tokenizer("char", ["abcdefghi\n"])
-    model, drafted = make_model(letters.vocab_size, context_length=24, scale=1.0), []
+    model, drafted, wrong = make_model(letters.vocab_size, context_length=24, scale=1.0), [], []
 
     class Off(FastDecoder):
         def draft(self, row, token, chances, temperature, added):
             drafted.append(len(chances))
             return super().draft(row, token, chances, temperature * off, added)
+
+        def take_back(self, row, n):
+            wrong.append(n)
+            super().take_back(row, n)
 
     wanted = [
         generate.Request([1, 2], SamplingConfig(max_tokens=90, temperature=1.0), 5),
@@ -152,6 +156,7 @@ def test_a_text_that_is_drafted_is_the_one_that_is_made_token_by_token(make_mode
             texts.append([(p.token, p.text, p.logprob, p.top, p.finish) for pieces in iter(engine.step, []) for p in pieces])
         assert texts[0] == texts[1]
     assert max(drafted) > 5
+    assert len(wrong) > len(wanted) if off != 1.0 else len(wrong) <= len(wanted)  # else only where a text ends
 
 
 def test_misuse_is_noticed(make_model):
@@ -202,8 +207,8 @@ except UserError as error:
 """
 ELSEWHERE = """
 import torch
-from nanogpt import checkpoint, generate
-from nanogpt.config import ModelConfig, SamplingConfig
+from nanogpt import checkpoint
+from nanogpt.config import ModelConfig
 from nanogpt.generate.fast import FastDecoder
 from nanogpt.generate.kernels import numba, read
 model = checkpoint.empty_model(ModelConfig(n_layer=1, n_head=1, n_embd=8, context_length=4), 5, "cpu")

@@ -137,7 +137,8 @@ class Engine:
         for i, (text, token) in enumerate(zip(texts, tokens, strict=True)):
             top = _likeliest(logits[i] - totals[i], text.request.n_top) if text.request.n_top else []
             pieces.append(_advance(text, token, logits.item(i, token) - totals[i], top))
-            if self.drafter is not None and drafted and (pieces[-1].finish or drafted[i : i + 1] not in ([], [token])):
+            right = i >= len(drafted) or token == drafted[i]
+            if self.drafter is not None and drafted and (pieces[-1].finish or not right):
                 self.drafter.take_back(text.row, len(drafted) - i)  # type: ignore[arg-type]
                 break
         if ended := {piece.of for piece in pieces if piece.finish}:

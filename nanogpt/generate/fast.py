@@ -72,6 +72,7 @@ class FastDecoder:
     def draft(self, row: int, token: int, chances: Sequence[float], temperature: float, added: np.ndarray) -> tuple[np.ndarray, list[int]]:
         """As in `Drafter`."""
         T, tokens = len(chances), np.array([token, *[0] * (len(chances) - 1)], np.int64)
+        assert self.ahead >= T, "more tokens than there is room for"
         assert self.lengths[row] + T <= self.context_length, "more tokens than the context holds"
         draws = kernels.Draws(np.float32(temperature), added, np.array(chances[:-1], np.float64), self._draws.shares)
         logits = self._run(kernels.Texts(np.array([row]), np.array([0, 1]), np.array([self.lengths[row]])), tokens, draws)
