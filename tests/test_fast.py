@@ -18,7 +18,7 @@ from nanogpt.generate.quantize import dequantized, head_matrix, rounded
 from nanogpt.tokenizer import train_tokenizer
 
 pytest.importorskip("numba")
-from nanogpt.generate import fast, kernels
+from nanogpt.generate import fast, kernels, vectors
 from nanogpt.generate.fast import FastDecoder
 
 
@@ -172,7 +172,7 @@ def test_misuse_is_noticed(make_model):
 def test_integers_are_as_large_as_a_sum_of_products_allows(K):
     for x in (np.ones(K, np.float32), np.random.default_rng(K).standard_normal(K, np.float32), np.zeros(K, np.float32)):
         numbers = np.zeros(K, np.int16)
-        scale = kernels.settle(x, numbers)
+        scale = vectors.settle(x, numbers)
         assert np.abs(numbers.astype(np.int64)).sum() * 127 < 2**31
         assert np.abs(numbers * np.float64(scale) - x).max() <= 0.501 * scale
         assert np.abs(numbers).max() > 100 or not x.any()
@@ -182,7 +182,7 @@ def test_products_of_integers_are_exact_at_their_largest():
     K = 4096
     numbers, weights = np.zeros((9, K), np.int16), np.full((64, K), -127, np.int8)
     for row in numbers:
-        kernels.settle(np.ones(K, np.float32), row)
+        vectors.settle(np.ones(K, np.float32), row)
     panel = fast.panels(torch.from_numpy(weights), torch.ones(64), None)[0][0].contiguous().numpy()
     found = np.zeros((9, 64), np.float32)
     kernels.product(panel, numbers, found, 0)  # a tile of rows, and one row
@@ -192,8 +192,8 @@ def test_products_of_integers_are_exact_at_their_largest():
 def test_exp_is_good_to_the_last_digits():
     x = np.linspace(-87, 88, 100_001, dtype=np.float32)
     exact = np.exp(x.astype(np.float64))
-    assert max(abs(kernels.exp(a) / b - 1) for a, b in zip(x, exact, strict=True)) < 3e-7
-    assert kernels.exp(np.float32(-1e30)) < 2e-38
+    assert max(abs(vectors.exp(a) / b - 1) for a, b in zip(x, exact, strict=True)) < 3e-7
+    assert vectors.exp(np.float32(-1e30)) < 2e-38
 
 
 BROKEN = """

@@ -23,6 +23,8 @@ PANEL = 64  # outputs side by side
 LANES = 16  # numbers in a vector: one of AVX-512's, and two or four where vectors are shorter
 TOGETHER = 8  # rows that share each weight that is read; with half a panel that fills AVX-512's registers
 AHEAD = 2048  # bytes by which weights are asked for before they are used: about what arrives during the delay of the memory
+USED = (Path(__file__), Path(__file__).with_name("vectors.py"))  # by functions of other files; Numba looks for changes only in the file of a function itself
+VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in USED)).hexdigest()[:12]
 
 
 def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -32,9 +34,8 @@ def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """
     if function is None:
         return lambda function: compiled(function, **options)
-    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # Numba looks for changes only in the file of a function itself
     settings: Any = numba.config
-    elsewhere, folder = settings.CACHE_DIR, cache_dir() / f"numba-{version}"
+    elsewhere, folder = settings.CACHE_DIR, cache_dir() / f"numba-{VERSION}"
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     settings.CACHE_DIR = str(folder)  # read where a function is decorated
