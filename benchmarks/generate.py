@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from cyclopts import App
 from nanogpt import checkpoint, generate, library, machine
 from nanogpt.config import MachineConfig, ModelConfig, SamplingConfig
 from nanogpt.corpus import expand
+from nanogpt.generate.quantize import Precision
 from nanogpt.machine import Machine
 from nanogpt.plan import flops_per_token
 from nanogpt.tokenizer import train_tokenizer
@@ -175,10 +177,14 @@ def show(name: str, seconds: list[float], sides: dict[str, list[float]], tokens_
 
 
 def int8_cost(path: Path, text: str, place: Machine) -> None:
-    """Bits per byte of a trained model, as it is and with weights in int8: on its run's validation split, or without a run on the text."""
+    """Bits per byte of a trained model, as it is, with all that `fast` keeps in int8, and with PyTorch's int8 products: on its run's validation split, or
+    without a run on the text."""
     of = () if (path / "text.json").is_file() else (text,)
-    exact, rounded = (library.load(path, device="cpu", dtype=dtype, threads=place.threads).evaluate(*of).bits_per_byte for dtype in ("float32", "int8"))
-    print(f"int8 weights: {rounded:.5f} bits per byte, {exact:.5f} in float32: {rounded / exact - 1:+.3%}")
+    exact, fast, plain = (library.load(path, device="cpu", dtype=dtype, threads=place.threads) for dtype in ("float32", "int8", "float32"))
+    plain._model = generate.bare(plain._model, "int8")
+    bits = {name: model.evaluate(*of).bits_per_byte for name, model in (("float32", exact), ("fast int8", fast), ("plain int8", plain))}
+    for name, value in bits.items():
+        print(f"{name:10} {value:.5f} bits per byte, {value / bits['float32'] - 1:+.3%}")
 
 
 def parts_of(text: str, model: Path | None) -> checkpoint.Parts:
@@ -195,11 +201,11 @@ def writer_of(kind: str, parts: checkpoint.Parts, place: Machine, folder: Path) 
     """What writes in the way that a line of the table is called."""
     if kind in PEERS:
         return {"textbook": textbook, "transformers": transformers, "llama.cpp Q8_0": lambda parts: llama_cpp(parts, place.threads, folder)}[kind](parts)
-    name, texts = kind.removeprefix("wait ").removesuffix(MANY), STREAMS if kind.endswith(MANY) else 1
-    if name == "nanogpt plain":
-        decoder: generate.Decoder = generate.TorchDecoder(generate.bare(parts.model), place, texts)
+    (_, way, precision), texts = kind.removeprefix("wait ").removesuffix(MANY).split(), STREAMS if kind.endswith(MANY) else 1
+    if way == "plain":
+        decoder: generate.Decoder = generate.TorchDecoder(generate.bare(parts.model, cast(Precision, precision)), place, texts)
     else:
-        decoder = generate.open_decoder(parts.model, place, name.removeprefix("nanogpt fast "), texts)
+        decoder = generate.open_decoder(parts.model, place, precision, texts)
     return first_token(parts, decoder) if kind.startswith("wait ") else nanogpt(parts, decoder, texts)
 
 
@@ -221,7 +227,7 @@ def main(*, text: str = "shakespeare", model: Path | None = None, tokens: int = 
     tokens = min(tokens, parts.model.config.context_length - PROMPT - 1)  # within the window, where peers have their cache
     print(f"{place}, {machine.processor()}; torch {torch.__version__}; {sum(p.numel() for p in parts.model.parameters()):,} parameters, {tokens} tokens")
     kinds = [name for name, packages in PEERS.items() if (name == "textbook" or parts.model.config.arch == "classic") and has(*packages)]
-    ours = ["nanogpt plain"] + (["nanogpt fast float32", "nanogpt fast int8"] if has("numba") else [])
+    ours = [f"nanogpt {way} {precision}" for way in ("plain", "fast") if way == "plain" or has("numba") for precision in ("float32", "int8")]
     kinds += [*ours, *(name + MANY for name in ours), *(f"wait {name}" for name in ours)]
     sides: dict[str, list[float]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:

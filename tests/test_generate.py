@@ -14,6 +14,7 @@ from nanogpt import generate
 from nanogpt.config import SamplingConfig
 from nanogpt.errors import Notice, UserError
 from nanogpt.generate import filters
+from nanogpt.generate.quantize import product, rounded
 from nanogpt.tokenizer import train_tokenizer
 
 LETTERS = train_tokenizer("char", ["abcdefgh"])  # 8 letters, 256 bytes, the end of a document
@@ -227,8 +228,32 @@ def test_weights_cast_once_give_what_casting_them_each_time_does(model_of, shape
         exact = model(idx)
         with torch.autocast("cpu", torch.bfloat16):
             cast = model(idx)
-            assert torch.equal(generate.bare(model, torch.bfloat16)(idx), cast)
+            assert torch.equal(generate.bare(model, "bfloat16")(idx), cast)
         assert not torch.equal(exact, cast.float())
+
+
+@pytest.mark.parametrize("width", [16, 48, 1, 10, 170])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_product_of_int8_is_that_of_the_rounded_weights_and_of_each_row_alone(width, biased):
+    generator = torch.Generator().manual_seed(width)
+    weight, x = torch.randn(37, width, generator=generator), torch.randn(2, 3, width, generator=generator).bfloat16().float()
+    bias = torch.randn(37, generator=generator) if biased else None
+    multiply = product(weight, bias, "int8")
+    numbers, scale = rounded(weight, "int8")
+    exact = torch.nn.functional.linear(x, numbers * scale[:, None], bias)
+    assert multiply(x).dtype == torch.float32
+    assert (multiply(x) - exact).abs().max() < 0.005 * exact.abs().max()
+    assert torch.equal(multiply(x)[1:, 2:], multiply(x[1:, 2:]))
+
+
+@pytest.mark.parametrize("shape", [{}, {"arch": "modern"}])
+def test_without_numba_a_text_is_written_with_weights_in_int8(model_of, place, monkeypatch, shape):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    model, ids = model_of(**shape), [1, 2, 3]
+    exact, given = (generate.open_decoder(model, place, dtype).prefill(0, ids) for dtype in ("float32", "auto"))
+    expected = generate.dequantized(model, "int8")(torch.tensor([ids]))[0, -1].detach().numpy()
+    assert np.abs(given - expected).max() < 0.02 * np.abs(expected).max()
+    assert not np.array_equal(given, exact)
 
 
 def test_log_probabilities_are_the_model_s_own(model_of, place):

@@ -11,11 +11,10 @@ from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt.files import cache_dir
-from nanogpt.generate.quantize import Precision, head_matrix
+from nanogpt.generate.quantize import Precision, head_matrix, product
 from nanogpt.machine import Machine, free_memory
 from nanogpt.model import GPT, KVCache
 
@@ -104,19 +103,19 @@ class TorchDecoder:
             return self.model.next_logits(idx, self.cache[first : first + len(idx)]).float().cpu().numpy()
 
 
-def bare(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
-    """The same network, with the same weights, whose blocks' layers are just the functions that they call: for one row of tokens, what PyTorch does around a
-    function to make it a module takes a fifth of the time.
+def bare(model: GPT, precision: Precision = "float32") -> GPT:
+    """The same network, whose blocks' layers are just the functions that they call: for one row of tokens, what PyTorch does around a function to make it a
+    module takes a fifth of the time.
 
-    Products are in `dtype`, for which `Machine.autocast` would cast all weights anew for every token.
+    Products are in `precision`: `Machine.autocast` would cast all weights anew for every token.
     """
     model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    model.logits = partial(_product, weight=head_matrix(model).to(dtype), bias=None)  # type: ignore[method-assign]
+    model.logits = product(head_matrix(model), None, precision)  # type: ignore[method-assign, assignment]
     for module in list(model.blocks.modules()):
         for name, layer in list(module.named_children()):
             function: Callable[[Tensor], Tensor]
             if isinstance(layer, nn.Linear):
-                function = partial(_product, weight=layer.weight.to(dtype), bias=None if layer.bias is None else layer.bias.to(dtype))
+                function = product(layer.weight, layer.bias, precision)
             elif isinstance(layer, nn.LayerNorm):
                 function = partial(torch.layer_norm, normalized_shape=layer.normalized_shape, weight=layer.weight, bias=layer.bias, eps=layer.eps)
             elif isinstance(layer, nn.RMSNorm):
@@ -126,10 +125,6 @@ def bare(model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
             delattr(module, name)
             setattr(module, name, function)
     return model
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x.to(weight.dtype), weight, bias)
 
 
 def open_decoder(model: GPT, machine: Machine, dtype: str = "auto", rows: int = 1) -> Decoder:
@@ -147,7 +142,9 @@ def open_decoder(model: GPT, machine: Machine, dtype: str = "auto", rows: int = 
 
         return FastDecoder(model, precision, rows, machine.threads)
     machine = machine.for_single_rows() if dtype == "auto" else machine
-    return TorchDecoder(bare(model, machine.dtype), machine, rows, machine.deterministic)
+    if machine.device.type != "cpu":
+        precision = cast(Precision, str(machine.dtype).removeprefix("torch."))
+    return TorchDecoder(bare(model, precision), machine, rows, machine.deterministic)
 
 
 def remark(machine: Machine) -> str | None:

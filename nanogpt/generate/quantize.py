@@ -1,19 +1,23 @@
 """Weights in fewer bytes: the writing of text reads every weight once for each token, so that its speed is that of reading them.
 
-In: a model. Out: its matrices, rounded to int8 or bfloat16, or as they are; and the model that computes with what is rounded so, to be evaluated.
+In: a model. Out: its matrices, rounded to int8 or bfloat16, or as they are; products with them; and the model that computes with what is rounded so, to be
+evaluated.
 """
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanogpt.model import GPT, Block
 
 Heads = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 Precision = Literal["int8", "bfloat16", "float32"]
+IN_STEPS = 16  # of a row of weights: PyTorch's kernel reads so many at a time, also behind the end
 
 
 def rounded(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
@@ -29,9 +33,27 @@ def rounded(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def product(weight: Tensor, bias: Tensor | None, precision: Precision) -> Callable[[Tensor], Tensor]:
+    """The function x (..., K) -> x weight' + bias, (..., N), for a weight (N, K) that is kept in `precision`; what int8 multiplies is rounded to bfloat16."""
+    if precision != "int8":
+        dtype: torch.dtype = getattr(torch, precision)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return lambda x: F.linear(x.to(dtype), weight, bias)
+    numbers, scale = rounded(weight, precision)
+    missing, one = -weight.shape[1] % IN_STEPS, torch.ones(len(weight), dtype=torch.bfloat16)
+    return partial(_int8_product, weight=F.pad(numbers, (0, missing)), one=one, scale=scale, bias=bias, missing=missing)
+
+
+def _int8_product(x: Tensor, weight: Tensor, one: Tensor, scale: Tensor, bias: Tensor | None, missing: int) -> Tensor:
+    x, shape = (F.pad(x, (0, missing)) if missing else x), (*x.shape[:-1], len(weight))
+    y = torch._weight_int8pack_mm(x.to(torch.bfloat16).reshape(-1, weight.shape[1]), weight, one).view(shape)  # each row as if it were alone
+    return y * scale if bias is None else torch.addcmul(bias, y, scale)  # float32: the kernel's own scales would be rounded
+
+
+@torch.no_grad()
 def dequantized(model: GPT, precision: Precision) -> GPT:
     """A copy of the model whose products are with the weights of `rounded`, and for int8 with keys and values that are rounded alike: what an evaluation
-    measures of it holds for `FastDecoder` with that precision."""
+    measures of it holds for `FastDecoder` with that precision, and nearly for `product`."""
     model = copy.deepcopy(model)
     for weight in [*(model.get_parameter(name) for name in model.matrices()), head_matrix(model)]:
         weight.copy_(_as_rounded(weight, precision))
