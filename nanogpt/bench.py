@@ -41,7 +41,9 @@ def bench(settings: dict[str, Any], seconds: float = 10.0, tokens: int = 200) ->
         times = _step_times(trainer, seconds)
     prompt = text.val[: max(1, settled.model.context_length // 2)].tolist()
     with machine.eager():
-        engine = generate.Engine(generate.open_decoder(model.eval(), place), text.tokenizer, [(text.tokenizer.end, text.tokenizer.end + 1)])
+        engine = generate.Engine(
+            generate.open_decoder(model.eval(), place, settled.machine.dtype), text.tokenizer, [(text.tokenizer.end, text.tokenizer.end + 1)]
+        )
         engine.add(generate.Request(prompt, SamplingConfig(max_tokens=tokens + 1), 1))
         steps = [(len(pieces), time.perf_counter()) for pieces in iter(engine.step, [])]
     pace = statistics.median((after - before) / made for (_, before), (made, after) in itertools.pairwise(steps))

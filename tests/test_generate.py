@@ -254,6 +254,22 @@ def test_without_numba_a_text_is_written_with_weights_in_int8(model_of, place, m
     expected = generate.dequantized(model, "int8")(torch.tensor([ids]))[0, -1].detach().numpy()
     assert np.abs(given - expected).max() < 0.02 * np.abs(expected).max()
     assert not np.array_equal(given, exact)
+    written = generate.TorchDecoder(generate.bare(model, "int8"), place).prefill(0, ids)
+    assert np.array_equal(given, written)
+    rounded_twice = generate.open_decoder(generate.dequantized(model, "int8"), place, "int8").prefill(0, ids)  # what --dtype int8 does
+    np.testing.assert_allclose(rounded_twice, written, rtol=0, atol=0.01 * np.abs(written).max())
+
+
+def test_a_prompt_whose_reading_was_interrupted_is_read_again(model_of, place, monkeypatch):
+    decoder = generate.TorchDecoder(model_of(), place, rows=1)
+    first = decoder.prefill(0, [1, 2, 3])
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "_read", lambda ids, row: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            decoder.prefill(0, [4, 5, 6])
+    decoder.cache.k.zero_()
+    assert np.array_equal(decoder.prefill(0, [1, 2, 3]), first)
+    assert decoder.cache.k.any()
 
 
 def test_log_probabilities_are_the_model_s_own(model_of, place):

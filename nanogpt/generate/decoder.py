@@ -70,7 +70,7 @@ class TorchDecoder:
         ids = tuple(ids)
         same = next((other for other, begun in enumerate(self.begun) if begun is not None and begun[0] == ids), None)
         if same is None:
-            self.cache.lengths[row] = 0
+            self.cache.lengths[row], self.begun[row] = 0, None  # until it is read: an interrupt may come between
             self.begun[row] = ids, self._read([ids], row)[0]
         else:  # texts of one prompt share the reading of it
             for part in (self.cache.k, self.cache.v):
@@ -107,11 +107,13 @@ def bare(model: GPT, precision: Precision = "float32") -> GPT:
     """The same network, whose blocks' layers are just the functions that they call: for one row of tokens, what PyTorch does around a function to make it a
     module takes a fifth of the time.
 
-    Products are in `precision`: `Machine.autocast` would cast all weights anew for every token.
+    Products are in `precision`, with which the weights are copies, but for float32: `Machine.autocast` would cast all of them anew for every token. Keys and
+    values stay as they come, also of a `dequantized` model.
     """
     model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     model.logits = product(head_matrix(model), None, precision)  # type: ignore[method-assign, assignment]
     for module in list(model.blocks.modules()):
+        module.__dict__.pop("heads", None)  # that of `dequantized` would call the layers of the other network
         for name, layer in list(module.named_children()):
             function: Callable[[Tensor], Tensor]
             if isinstance(layer, nn.Linear):
@@ -128,7 +130,8 @@ def bare(model: GPT, precision: Precision = "float32") -> GPT:
 
 
 def open_decoder(model: GPT, machine: Machine, dtype: str = "auto", rows: int = 1) -> Decoder:
-    """The fastest decoder for the machine: on a CPU the one that Numba compiles, where it is installed, else PyTorch's. `dtype` is that of the settings.
+    """The fastest decoder for the machine: on a CPU the one that Numba compiles, where it is installed, else PyTorch's. `dtype` is that of the settings;
+    auto is int8 on a CPU.
 
     It has fewer rows where the keys and values of so many would take more than half of the memory that is free.
     """

@@ -34,7 +34,8 @@ def rounded(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def product(weight: Tensor, bias: Tensor | None, precision: Precision) -> Callable[[Tensor], Tensor]:
-    """The function x (..., K) -> x weight' + bias, (..., N), for a weight (N, K) that is kept in `precision`; what int8 multiplies is rounded to bfloat16."""
+    """The function x (..., K) -> x weight' + bias, (..., N), for a weight (N, K) that is kept in `precision`. With int8, on a CPU, what is multiplied
+    and its sums are rounded to bfloat16, and each row of x comes out as if it were alone."""
     if precision != "int8":
         dtype: torch.dtype = getattr(torch, precision)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -46,8 +47,8 @@ def product(weight: Tensor, bias: Tensor | None, precision: Precision) -> Callab
 
 def _int8_product(x: Tensor, weight: Tensor, one: Tensor, scale: Tensor, bias: Tensor | None, missing: int) -> Tensor:
     x, shape = (F.pad(x, (0, missing)) if missing else x), (*x.shape[:-1], len(weight))
-    y = torch._weight_int8pack_mm(x.to(torch.bfloat16).reshape(-1, weight.shape[1]), weight, one).view(shape)  # each row as if it were alone
-    return y * scale if bias is None else torch.addcmul(bias, y, scale)  # float32: the kernel's own scales would be rounded
+    y = torch._weight_int8pack_mm(x.to(torch.bfloat16).reshape(-1, weight.shape[1]), weight, one).view(shape)
+    return y * scale if bias is None else torch.addcmul(bias, y, scale)  # here, since the kernel would round the scales
 
 
 @torch.no_grad()
