@@ -17,7 +17,7 @@ from urllib.error import URLError
 import pyarrow
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -264,6 +264,7 @@ def test_chunk_borders_change_nothing(text, size, encoding):
 
 @given(st.text(), st.integers(4, 9), st.sampled_from(sorted(MARKS)))
 def test_chunk_borders_change_nothing_behind_a_mark(text, size, mark):
+    assume(not (mark + text.encode(MARKS[mark])).startswith(b"\xff\xfe\0\0") or MARKS[mark] == "utf-32-le")  # UTF-16 that begins with a zero looks like UTF-32
     with in_chunks_of(size):
         assert read(mark + text.encode(MARKS[mark])) == text
 
