@@ -196,15 +196,6 @@ def test_exp_is_good_to_the_last_digits():
     assert vectors.exp(np.float32(-1e30)) < 2e-38
 
 
-BROKEN = """
-import sys
-sys.modules["numba"] = None
-from nanogpt.errors import UserError
-try:
-    import nanogpt.generate.fast
-except UserError as error:
-    print(error)
-"""
 ELSEWHERE = """
 import torch
 from nanogpt import checkpoint
@@ -221,10 +212,6 @@ print(sum(read.stats.cache_hits.values()), numba.config.CACHE_DIR)
 
 def output_of(code, **environment):
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=os.environ | environment).stdout
-
-
-def test_without_numba_it_says_how_to_get_it():
-    assert "pip install 'nanogpt[fast]'" in output_of(BROKEN)
 
 
 def test_what_was_compiled_is_found_again_by_the_next_process(tmp_path):

@@ -1,5 +1,6 @@
 """Sampling draws what it should, a cache and other texts change nothing, and a stream is whole characters that end where they should."""
 
+import sys
 from collections import Counter
 
 import numpy as np
@@ -248,7 +249,7 @@ def test_a_product_of_int8_is_that_of_the_rounded_weights_and_of_each_row_alone(
 
 @pytest.mark.parametrize("shape", [{}, {"arch": "modern"}])
 def test_without_numba_a_text_is_written_with_weights_in_int8(model_of, place, monkeypatch, shape):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "numba", None)
     model, ids = model_of(**shape), [1, 2, 3]
     exact, given = (generate.open_decoder(model, place, dtype).prefill(0, ids) for dtype in ("float32", "auto"))
     expected = generate.dequantized(model, "int8")(torch.tensor([ids]))[0, -1].detach().numpy()

@@ -68,7 +68,7 @@ def test_json_has_tokens_log_probabilities_and_the_end(model, capsys):
 
 
 def without_numba(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "numba", None)
 
 
 @pytest.mark.parametrize("numba", [True, False])
@@ -123,14 +123,22 @@ def test_an_evaluation_in_int8_is_of_the_rounded_weights(file, tmp_path):
 
 
 def test_what_slows_writing_is_remarked(model, monkeypatch, tmp_path):
+    tile = pytest.importorskip("nanogpt.generate.tile")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert "Compiling" in model.remark
-    (tmp_path / "new" / "nanogpt" / "numba-0" / "some").mkdir(parents=True)
-    (tmp_path / "new" / "nanogpt" / "numba-0" / "some" / "kernel.nbi").touch()
-    assert model.remark is None
+    for folder, told in ((tmp_path / "new" / "nanogpt" / "numba-of-before", True), (tile.kept_in(), False)):
+        (folder / "some").mkdir(parents=True)
+        (folder / "some" / "kernel.nbi").touch()
+        assert ("Compiling" in (model.remark or "")) == told
     without_numba(monkeypatch)
     assert "nanogpt[fast]" in model.remark
+
+
+def test_a_numba_that_does_not_start_is_done_without(model, monkeypatch, tmp_path):
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.4 or less. Got NumPy 2.6.')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "numba", raising=False)
+    assert model.remark.endswith("Numba does not start: Numba needs NumPy 2.4 or less. Got NumPy 2.6.")
+    assert isinstance(decoder.open_decoder(model._model, model._machine), decoder.TorchDecoder)
 
 
 def test_rows_are_as_many_as_memory_holds(model, place, monkeypatch):

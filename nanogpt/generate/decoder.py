@@ -4,7 +4,6 @@ In: token ids, for each text in its own row. Out: logits of the token that follo
 """
 
 import copy
-import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol, cast, runtime_checkable
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanogpt.files import cache_dir
 from nanogpt.generate.quantize import Precision, head_matrix, product
 from nanogpt.machine import Machine, free_memory
 from nanogpt.model import GPT, KVCache
@@ -135,7 +133,7 @@ def open_decoder(model: GPT, machine: Machine, dtype: str = "auto", rows: int = 
 
     It has fewer rows where the keys and values of so many would take more than half of the memory that is free.
     """
-    c, fast = model.config, machine.device.type == "cpu" and _has_numba()
+    c, fast = model.config, machine.device.type == "cpu" and without_numba() is None
     precision = cast(Precision, "int8" if dtype == "auto" else dtype)
     row = 2 * c.n_layer * c.context_length * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * (1 if fast and precision == "int8" else 4)  # bytes
     free = free_memory(machine.device)
@@ -154,10 +152,19 @@ def remark(machine: Machine) -> str | None:
     """What a person should know of the decoder that `open_decoder` gives: that its first token takes long, or what would make it faster."""
     if machine.device.type != "cpu":
         return None
-    if not _has_numba():
+    if reason := without_numba():
+        return reason
+    from nanogpt.generate import tile
+
+    return None if any(tile.kept_in().rglob("*.nbi")) else "Compiling for this processor, which is kept for the next time: about 20 seconds."
+
+
+def without_numba() -> str | None:
+    """Why Numba is not used, for a person to read; None where it is."""
+    try:
+        import numba  # noqa: F401
+    except ModuleNotFoundError:
         return "It would write several times as fast with Numba: pip install 'nanogpt[fast]'"
-    return None if any(cache_dir().glob("numba-*/**/*.nbi")) else "Compiling for this processor, which is kept for the next time: about 20 seconds."
-
-
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    except ImportError as error:  # it refuses, say, a NumPy that is newer than it knows
+        return f"It would write several times as fast, but Numba does not start: {error}"
+    return None

@@ -1,6 +1,6 @@
 """A decoder that Numba compiles for the processor at hand: many times as fast as PyTorch, whose products of one row take longer to begin than to do.
 
-In: a model, a precision, rows, threads. Out: a `Decoder`. Refuses: to be imported without Numba, which `pip install 'nanogpt[fast]'` brings.
+In: a model, a precision, rows, threads. Out: a `Decoder`. Refuses: to be imported without Numba (`decoder.without_numba`).
 
 A text comes out the same, bit for bit, whatever the other rows hold and whether its tokens are read at once or one by one: see `kernels`.
 """
@@ -16,14 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt.errors import UserError
+from nanogpt.generate import kernels
 from nanogpt.generate.quantize import Precision, head_matrix, rounded
 from nanogpt.model import EPSILON, GPT, Block, turns
-
-try:
-    from nanogpt.generate import kernels
-except ModuleNotFoundError as error:
-    raise UserError(f"The fast way to write text needs {error.name}, which is not installed.", "Install it: pip install 'nanogpt[fast]'") from error
 
 WORTH_SHARING = 100_000  # multiply-adds in a stage: sharing them among threads takes 2 us (measured, two cores), in which one thread does half of them
 AT_ONCE = 256  # tokens of a prompt: what goes from layer to layer stays in the processor's cache

@@ -27,6 +27,11 @@ USED = (Path(__file__), Path(__file__).with_name("vectors.py"))  # by functions 
 VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in USED)).hexdigest()[:12]
 
 
+def kept_in() -> Path:
+    """The folder of what was compiled, for later processes with the same source."""
+    return cache_dir() / f"numba-{VERSION}"
+
+
 def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """`numba.njit`, with what it compiles kept in our cache for the next process, where that can be written.
 
@@ -35,7 +40,7 @@ def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     if function is None:
         return lambda function: compiled(function, **options)
     settings: Any = numba.config
-    elsewhere, folder = settings.CACHE_DIR, cache_dir() / f"numba-{VERSION}"
+    elsewhere, folder = settings.CACHE_DIR, kept_in()
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     settings.CACHE_DIR = str(folder)  # read where a function is decorated
