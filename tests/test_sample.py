@@ -180,7 +180,7 @@ class Terminal:
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-    def read_until(self, end, seconds=60):
+    def read_until(self, end, seconds=300):
         """What appears on the screen until it ends so."""
         screen, until = "", time.monotonic() + seconds
         while not screen.endswith(end):

@@ -79,7 +79,7 @@ class Server:
         return int(found[1]) if found else 0
 
     def wait_until(self, name, value, model="a"):
-        until = time.monotonic() + 20
+        until = time.monotonic() + 120
         while self.gauge(name, model) != value:
             assert time.monotonic() < until, f"{name} is {self.gauge(name, model)} and not {value}"
             time.sleep(0.02)
