@@ -27,12 +27,17 @@ SHAPES = (  # layers and width
 A, a, B, b = 0.2323, 0.25, 0.2456, 0.6  # of the law: loss = floor + A / (parameters / 1e6)^a + B / (tokens / 1e6)^b; fitted to benchmarks/recipe.csv
 REREADING = 15.4  # how soon text that was read before stops teaching (Muennighoff et al. 2023: R*_D)
 WORTH = 0.002  # nats that a larger model has to gain
-# Of small texts, from the same table. A twentieth of Tiny Shakespeare still gained from 18 parameters for each token. A quarter of it came to 1.869 read
-# 4 times, and read 8 times only to 1.903, or to 1.896 with dropout 0.1, which cost 0.037 where it was read 4 times: so such a run ends early, without dropout.
-PARAMETERS_PER_TOKEN, MOST_EPOCHS = 18, 6
+PARAMETERS_PER_TOKEN = 18  # at most: a twentieth of Tiny Shakespeare gained from so many, and not from 39
+MOST_EPOCHS, DECAY = 6, 0.05
+# A small text that is read often is best forgotten as it is read: with a weight decay by which, at the highest rate, weights shrink e^1.4 times in a reading
+# (Wang and Aitchison 2024, "How to set AdamW's weight decay as you scale model and dataset size": what stays the same is the time that it takes, in readings).
+# A quarter of the text, read 4 times, came to 1.869 with this decay and without it; read 6 times to 1.820 and 8 times to 1.803, and without it to 1.903, or
+# with dropout as well to 1.842. A twentieth, read 6 times without it, came to 2.174, and with it to 2.142 read 10 times. All of the text lost by it.
+SMALL, OFTEN, FORGETTING, MOST_EPOCHS_OF_SMALL = 3e5, 5, 1.4, 10
+FEWEST_STEPS = 20  # in which a reading may be forgotten: the least that a row has
 # Dropout pays once the load, parameters per token times readings, of a run that reads much, is large. At 14 dropout 0.1 cost 0.037 and at 28 gained 0.007, at
-# 43 0.022 (a quarter of the text). All of the text read 6 times gave at 32 1.410 without and 1.393 with 0.2, and at 72 1.477 without, 1.411 with 0.1 and 1.403
-# with 0.2: so much is too much. Runs that read less than a million tokens lost by dropout even at 355, and gained by parameters.
+# 43 0.022 (a quarter of the text). All of the text read 6 times gave at 32 1.410 without and 1.393 with 0.2, and at 72, which has no rows, 1.477 without, 1.411
+# with 0.1 and 1.403 with 0.2: so much is too much. Runs that read less than a million tokens lost by dropout even at 355, and gained by parameters.
 HEAVY, DROPOUT, TOO_HEAVY = 25, 0.2, 50
 MUCH = 1.5e6
 FINISHING = 4.0  # seconds of a run that go into the last evaluation, and into saving
@@ -64,7 +69,7 @@ def choose(seconds: float, tokens: int, vocab_size: int, place: Machine, given: 
     base = {"arch": "modern", "context_length": min(CONTEXT, max(1, tokens // 4))} | given
     rows = given.get("batch_size") or (32 if place.device.type == "cuda" else 8)
     model, read = _best_shape(base, processes * stepping, tokens, vocab_size, place)
-    most = MOST_EPOCHS * tokens
+    most = _most_epochs(tokens) * tokens
     steps = max(1.0, min(read, most) / (rows * model.context_length))
     if "batch_size" not in given:
         while steps < FEW_STEPS and rows > 4:
@@ -82,28 +87,37 @@ def choose(seconds: float, tokens: int, vocab_size: int, place: Machine, given: 
     pick("has learned most after so long, of the shapes tried", n_layer=model.n_layer, n_embd=model.n_embd, n_head=model.n_head)
     evaluations = max(2, min(10, round(seconds / 45)))
     pick(f"for about {count} steps", batch_size=rows, eval_every=max(1, round(steps / evaluations)))
-    per_token = body_parameters(model) / tokens
+    rates = learning(steps, given.get("optimizer", "muon")) | given
     dropout = DROPOUT if _load(model, epochs * tokens, tokens) > HEAVY else 0.0
-    pick(f"the text is read {epochs:.2g} times, by {per_token:.2g} parameters for each token of it", dropout=dropout)
+    decay = DECAY
+    if tokens <= SMALL and epochs > OFTEN and rates["optimizer"] == "muon":
+        dropout, decay = 0.0, round(FORGETTING / (rates["matrix_learning_rate"] * max(FEWEST_STEPS, steps / epochs)), 2)
+    per_token = body_parameters(model) / tokens
+    pick(f"the text is read {epochs:.2g} times, by {per_token:.2g} parameters for each token of it", dropout=dropout, weight_decay=decay)
     if read > most:
-        pick(f"fewer than the time allows: the text would be read more than {MOST_EPOCHS} times", steps=math.ceil(steps))
-    pick(f"suit a run of {count} steps", **learning(steps, given.get("optimizer", "muon")))
+        pick(f"fewer than the time allows: the text would be read more than {_most_epochs(tokens)} times", steps=math.ceil(steps))
+    pick(f"suit a run of {count} steps", **learning(steps, rates["optimizer"]))
     return chosen
+
+
+def _most_epochs(tokens: int) -> int:
+    """How often a text is worth reading."""
+    return MOST_EPOCHS_OF_SMALL if tokens <= SMALL else MOST_EPOCHS
 
 
 def _best_shape(given: dict[str, Any], seconds: float, tokens: int, vocab_size: int, place: Machine) -> tuple[ModelConfig, float]:
     """The shape with the lowest loss to be foreseen, and how many tokens it reads in the time; from small to large, until two in a row are no better: the
     time of one may have been measured while something else ran."""
     best: tuple[float, ModelConfig, float] | None = None
-    worse = 0
+    worse, most = 0, _most_epochs(tokens) * tokens
     for n_layer, n_embd in SHAPES:
         model = _fitted(given, n_layer, n_embd)
         if best is not None and body_parameters(model) > PARAMETERS_PER_TOKEN * tokens:
             break
         read = seconds / token_seconds(model, vocab_size, place)
-        if best is not None and _load(model, min(read, MOST_EPOCHS * tokens), tokens) > TOO_HEAVY:
+        if best is not None and _load(model, min(read, most), tokens) > TOO_HEAVY:
             break
-        loss = foreseen(body_parameters(model), min(read, MOST_EPOCHS * tokens), tokens)
+        loss = foreseen(body_parameters(model), min(read, most), tokens)
         if best is None or loss <= best[0] - WORTH:
             best, worse = (loss, model, read), 0
             continue
@@ -148,7 +162,6 @@ def learning(steps: float, optimizer: str = "muon") -> dict[str, Any]:
         "matrix_learning_rate": round(rate, 3),
         "warmup_steps": 20,
         "cooldown": 0.7,
-        "weight_decay": 0.05,
     }
 
 
