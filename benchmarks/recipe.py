@@ -51,8 +51,9 @@ GRID = [  # layers, width, steps, Muon's learning rate, dropout, weight decay, s
     *((4, 128, steps, RATES[steps], 0.0, decay, 0.25) for steps, decay in ((450, 0.5), (675, 0.4), (900, 0.5), (1350, 0.65), (2250, 0.5))),
     (4, 128, 900, RATES[900], 0.1, 0.5, 0.25),
     *((4, 192, 450, RATES[450], 0.0, decay, 0.25) for decay in (DECAY, 0.5)),
-    *((4, 192, 900, RATES[900], dropout, decay, 0.25) for dropout, decay in ((0.2, DECAY), (0.2, 0.5), (0.3, DECAY), (0.3, 0.15), (0.3, 0.5))),
+    *((4, 192, 900, RATES[900], dropout, decay, 0.25) for dropout, decay in ((0.0, 0.5), (0.2, DECAY), (0.2, 0.5), (0.3, DECAY), (0.3, 0.15), (0.3, 0.5))),
     (4, 128, 450, RATES[450], 0.0, 0.2, 1.0),
+    (4, 192, 2700, RATES[2700], 0.0, 0.2, 1.0),
     (6, 256, 2700, RATES[2700], 0.2, 0.2, 1.0),
 ]
 FIELDS = ["text", "n_layer", "n_embd", "steps", "rate", "dropout", "decay", "share", "train_tokens", "parameters", "tokens", "val_loss"]

@@ -28,16 +28,16 @@ A, a, B, b = 0.2323, 0.25, 0.2456, 0.6  # of the law: loss = floor + A / (parame
 REREADING = 15.4  # how soon text that was read before stops teaching (Muennighoff et al. 2023: R*_D)
 WORTH = 0.002  # nats that a larger model has to gain
 PARAMETERS_PER_TOKEN = 18  # at most: a twentieth of Tiny Shakespeare gained from so many, and not from 39
-MOST_EPOCHS, DECAY = 6, 0.05
-# A small text that is read often is best forgotten as it is read: with a weight decay by which, at the highest rate, weights shrink e^1.4 times in a reading
-# (Wang and Aitchison 2024, "How to set AdamW's weight decay as you scale model and dataset size": what stays the same is the time that it takes, in readings).
-# A quarter of the text, read 4 times, came to 1.869 with this decay and without it; read 6 times to 1.820 and 8 times to 1.803, and without it to 1.903, or
-# with dropout as well to 1.842. A twentieth, read 6 times without it, came to 2.174, and with it to 2.142 read 10 times. All of the text lost by it.
-SMALL, OFTEN, FORGETTING, MOST_EPOCHS_OF_SMALL = 3e5, 5, 1.4, 10
+# What is read often is best forgotten as it is read: with a weight decay by which, at the highest rate, weights shrink e^1.4 times in a reading (Wang and
+# Aitchison 2024, "How to set AdamW's weight decay as you scale model and dataset size": what stays the same is the time that it takes, in readings). From the
+# same table: all of the text, read 6 times by 4 layers of 192, came to 1.397 with nearly this decay, and to 1.415 without it. A quarter, read 4 times, came to
+# 1.869 with it and without; read 6 times to 1.820, 8 times to 1.803, 12 times to 1.822, and without it 8 times to 1.903, or with dropout as well to 1.842. A
+# twentieth, read 6 times without it, came to 2.174 (no row), and with it read 10 times to 2.142. Read once, all of the text lost 0.007 by it.
+OFTEN, FORGETTING, MOST_EPOCHS, DECAY = 5, 1.4, 8, 0.05
 FEWEST_STEPS = 20  # in which a reading may be forgotten: the least that a row has
-# Dropout pays once the load, parameters per token times readings, of a run that reads much, is large. At 14 dropout 0.1 cost 0.037 and at 28 gained 0.007, at
-# 43 0.022 (a quarter of the text). All of the text read 6 times gave at 32 1.410 without and 1.393 with 0.2, and at 72, which has no rows, 1.477 without, 1.411
-# with 0.1 and 1.403 with 0.2: so much is too much. Runs that read less than a million tokens lost by dropout even at 355, and gained by parameters.
+# A model that reads much but not often is kept by dropout from learning by heart where its load, parameters per token times readings, is large. Read 6 times
+# with little decay, all of the text gave at a load of 32 1.410 without dropout and 1.393 with 0.2, and at 72, which has no rows, 1.477 without, 1.411 with 0.1
+# and 1.403 with 0.2: so much is too much. Runs that read less than a million tokens lost by dropout even at 355, and gained by parameters.
 HEAVY, DROPOUT, TOO_HEAVY = 25, 0.2, 50
 MUCH = 1.5e6
 FINISHING = 4.0  # seconds of a run that go into the last evaluation, and into saving
@@ -69,7 +69,7 @@ def choose(seconds: float, tokens: int, vocab_size: int, place: Machine, given: 
     base = {"arch": "modern", "context_length": min(CONTEXT, max(1, tokens // 4))} | given
     rows = given.get("batch_size") or (32 if place.device.type == "cuda" else 8)
     model, read = _best_shape(base, processes * stepping, tokens, vocab_size, place)
-    most = _most_epochs(tokens) * tokens
+    most = MOST_EPOCHS * tokens
     steps = max(1.0, min(read, most) / (rows * model.context_length))
     if "batch_size" not in given:
         while steps < FEW_STEPS and rows > 4:
@@ -90,26 +90,21 @@ def choose(seconds: float, tokens: int, vocab_size: int, place: Machine, given: 
     rates = learning(steps, given.get("optimizer", "muon")) | given
     dropout = DROPOUT if _load(model, epochs * tokens, tokens) > HEAVY else 0.0
     decay = DECAY
-    if tokens <= SMALL and epochs > OFTEN and rates["optimizer"] == "muon":
+    if epochs > OFTEN and rates["optimizer"] == "muon":
         dropout, decay = 0.0, round(FORGETTING / (rates["matrix_learning_rate"] * max(FEWEST_STEPS, steps / epochs)), 2)
     per_token = body_parameters(model) / tokens
     pick(f"the text is read {epochs:.2g} times, by {per_token:.2g} parameters for each token of it", dropout=dropout, weight_decay=decay)
     if read > most:
-        pick(f"fewer than the time allows: the text would be read more than {_most_epochs(tokens)} times", steps=math.ceil(steps))
+        pick(f"fewer than the time allows: the text would be read more than {MOST_EPOCHS} times", steps=math.ceil(steps))
     pick(f"suit a run of {count} steps", **learning(steps, rates["optimizer"]))
     return chosen
-
-
-def _most_epochs(tokens: int) -> int:
-    """How often a text is worth reading."""
-    return MOST_EPOCHS_OF_SMALL if tokens <= SMALL else MOST_EPOCHS
 
 
 def _best_shape(given: dict[str, Any], seconds: float, tokens: int, vocab_size: int, place: Machine) -> tuple[ModelConfig, float]:
     """The shape with the lowest loss to be foreseen, and how many tokens it reads in the time; from small to large, until two in a row are no better: the
     time of one may have been measured while something else ran."""
     best: tuple[float, ModelConfig, float] | None = None
-    worse, most = 0, _most_epochs(tokens) * tokens
+    worse, most = 0, MOST_EPOCHS * tokens
     for n_layer, n_embd in SHAPES:
         model = _fitted(given, n_layer, n_embd)
         if best is not None and body_parameters(model) > PARAMETERS_PER_TOKEN * tokens:

@@ -53,13 +53,14 @@ def test_a_small_text_is_not_read_too_often_nor_by_too_large_a_model(place, spee
     large, small, tiny = (config([*recipe.choose(1800, tokens, 65, place, {})], {"minutes": 30.0}) for tokens in (10**9, 2 * 10**5, 5 * 10**4))
     assert large.training.steps is None
     for found, tokens in ((small, 2 * 10**5), (tiny, 5 * 10**4)):
-        assert found.training.steps * found.training.batch_size * found.model.context_length <= (recipe.MOST_EPOCHS_OF_SMALL + 1) * tokens
+        assert found.training.steps * found.training.batch_size * found.model.context_length <= (recipe.MOST_EPOCHS + 1) * tokens
         assert sum(parameters(found.model, 1).values()) < 20 * tokens
 
 
-@pytest.mark.parametrize("tokens", [100, 5000, 45_000, 226_000])
+@pytest.mark.parametrize("tokens", [100, 5000, 45_000, 226_000, 900_000])
 def test_what_is_read_often_is_forgotten_within_a_reading(place, speed, tokens):
-    found = config(recipe.choose(600, tokens, 65, place, {}), {"minutes": 10.0})
+    speed(1e13)
+    found = config(recipe.choose(1800, tokens, 65, place, {}), {"minutes": 30.0})
     settings, step = found.training, found.training.batch_size * found.model.context_length
     assert settings.steps * step > recipe.OFTEN * tokens
     kept = (1 - settings.matrix_learning_rate * settings.weight_decay) ** max(recipe.FEWEST_STEPS, tokens / step)
@@ -67,8 +68,8 @@ def test_what_is_read_often_is_forgotten_within_a_reading(place, speed, tokens):
     assert found.model.dropout == 0
 
 
-@pytest.mark.parametrize(("seconds", "tokens"), [(1800, 10**6), (2, 200_000)])
-def test_a_large_text_and_one_that_is_seldom_read_are_kept(place, speed, seconds, tokens):
+@pytest.mark.parametrize(("seconds", "tokens"), [(1800, 10**8), (2, 200_000)])
+def test_what_is_seldom_read_is_kept(place, speed, seconds, tokens):
     assert config(recipe.choose(seconds, tokens, 65, place, {})).training.weight_decay == recipe.DECAY
 
 
