@@ -34,7 +34,7 @@ PARAMETERS_PER_TOKEN = 18  # at most: a twentieth of Tiny Shakespeare gained fro
 # 1.869 with it and without; read 6 times to 1.820, 8 times to 1.803, 12 times to 1.822, and without it 8 times to 1.903, or with dropout as well to 1.842;
 # read 8 times by a model of twice the load (below), 62, to 1.804, and with dropout 0.2 as well to 1.839. A twentieth, read 6 times without it, came to 2.174
 # (no row), and with it read 10 times to 2.142. Read once, all of the text lost 0.007 by it.
-OFTEN, FORGETTING, MOST_EPOCHS, DECAY = 5, 1.4, 8, 0.05
+OFTEN, FORGETTING, MOST_EPOCHS, DECAY = 5, 1.4, 10, 0.05
 FEWEST_STEPS = 20  # in which a reading may be forgotten: the least that a row has
 # A model that reads much but not often is kept by dropout from learning by heart where its load, parameters per token times readings, is large. Read 6 times
 # with little decay, all of the text gave at a load of 32 1.410 without dropout and 1.393 with 0.2, and at 72, which has no rows, 1.477 without, 1.411 with 0.1
