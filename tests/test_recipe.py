@@ -142,7 +142,7 @@ def test_the_law_is_the_one_that_fits_the_table():
 
     with (BENCHMARKS / "recipe.csv").open() as file:
         law = fit(list(csv.DictReader(file)))
-    assert [law[name] for name in ("A", "a", "B", "b")] == pytest.approx([recipe.A, recipe.a, recipe.B, recipe.b], rel=0.01)
+    assert [law[name] for name in ("A", "a", "B", "b", "R")] == pytest.approx([recipe.A, recipe.a, recipe.B, recipe.b, recipe.REREADING], rel=0.01)
 
 
 def test_shapes_grow():

@@ -4,6 +4,7 @@ In: the settings that somebody gave, and where the text lies. Out: a whole `Conf
 Refuses: in a run that goes on, settings that would make another run of it; a context as long as the text.
 """
 
+import math
 import os
 import time
 import warnings
@@ -79,7 +80,7 @@ def settle(
         settled = resolve(flatten(settled) | {choice.name: choice.value for choice in gentler})
         choices = [choice for choice in choices if choice.name not in {other.name for other in gentler}] + gentler
     settled = _fit_context(settled, asked, len(prepared.train))
-    seconds = _expected_seconds(settled, prepared, place) / (ranks.size if settled.training.minutes is None else 1)
+    seconds = _expected_seconds(settled, prepared, place, ranks.size)
     place, reasons = machine.for_training(place, settled.machine, settled.model, settled.training.batch_size, seconds)
     choices += [Choice(name, getattr(place.settings(), name), reason) for name, reason in reasons.items()]
     if not settled.text.cross_documents:
@@ -98,12 +99,14 @@ def smaller(asked: TrainingConfig, chosen: TrainingConfig, free: float | None, r
     return found
 
 
-def _expected_seconds(settled: Config, prepared: Prepared, place: machine.Machine) -> float:
-    """How long the run will take, as far as one can say before it."""
-    if settled.training.minutes is not None:
-        return 60 * settled.training.minutes
-    tokens = (settled.training.steps or 0) * settled.training.batch_size * settled.model.context_length
-    return tokens * flops_per_token(settled.model, prepared.tokenizer.vocab_size) / (SHARE * machine.peak(place.device, place.dtype))
+def _expected_seconds(settled: Config, prepared: Prepared, place: machine.Machine, processes: int) -> float:
+    """How long the run will take, as far as one can say before it: its minutes, or less where its steps, shared among the processes, end sooner."""
+    minutes, steps = settled.training.minutes, settled.training.steps
+    in_time = math.inf if minutes is None else 60 * minutes
+    if steps is None:
+        return in_time
+    tokens = steps * settled.training.batch_size * settled.model.context_length / processes
+    return min(in_time, tokens * flops_per_token(settled.model, prepared.tokenizer.vocab_size) / (SHARE * machine.peak(place.device, place.dtype)))
 
 
 def _require_unchanged(saved: dict[str, Any], given: dict[str, Any]) -> None:
