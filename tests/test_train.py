@@ -240,6 +240,12 @@ def test_settings_that_fit_the_recipe_but_not_the_defaults_are_taken(story, cloc
         nanogpt.train(story, on_event=look, minutes=0.1, n_embd=128, n_kv_head=2, n_layer=1, dtype="float32", compile=False, attention="fused")
 
 
+def test_a_run_whose_steps_end_soon_is_not_compiled_for_all_of_its_time(story):
+    events = []
+    nanogpt.train(story, minutes=1000.0, on_event=events.append, **RUN | {"steps": 2, "compile": None})
+    assert not events[0].config.machine.compile
+
+
 def test_a_run_may_go_on_by_the_clock_that_began_by_steps(story, tmp_path, clock, whole):
     events = []
     nanogpt.train(out=whole, resume=True, minutes=1.0, on_event=events.append)
