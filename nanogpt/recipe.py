@@ -31,12 +31,14 @@ WORTH = 0.002  # nats that a larger model has to gain
 PARAMETERS_PER_TOKEN = 18  # at most: a twentieth of Tiny Shakespeare gained from so many, and not from 39
 # What is read often is best forgotten as it is read: with a weight decay by which, at the highest rate, weights shrink e^1.4 times in a reading (Wang and
 # Aitchison 2024, "How to set AdamW's weight decay as you scale model and dataset size": what stays the same is the time that it takes, in readings). From the
-# same table, by 6 layers of 256 on all of the text: read 3 times 1.388 with it and 1.376 without, 4.6 times 1.371 and 1.395, 6 times 1.357 and 1.410; so it
-# begins after three readings, and is whole after four. Half as much of it, or half as much again, lost 0.01 (6 layers of 320, 5 readings). Dropout gained
-# nothing with it or instead of it: after 6 readings 1.376 (0.1, with) and 1.392 (0.2, instead); a quarter, read 8 times by 4 layers of 128, came to 1.803
-# with it, to 1.903 without, and with dropout as well to 1.842. From the sixth reading on little is gained: all of the text 1.363 after 8, a quarter 1.820
-# after 6, 1.803 after 8 and 1.822 after 12. A twentieth, read 10 times, came to 2.142, and to 2.174 without it and read 6 times (no row).
+# same table, by 6 layers of 256 on all of the text: read 3 times 1.388 with it and 1.376 without, 4.6 times 1.371 and 1.395, 6 times 1.357 and 1.410; as the
+# steps of a run are foreseen to within a third at best, it is done from three readings on. Half as much of it, or half as much again, lost 0.01 (6 layers of
+# 320, 5 readings). Dropout gained nothing with it or instead of it: after 6 readings 1.376 (0.1, with) and 1.392 (0.2, instead); a quarter, read 8 times by 4
+# layers of 128, came to 1.803 with it, to 1.903 without, and with dropout as well to 1.842. From the sixth reading on little is gained: all of the text 1.363
+# after 8, a quarter 1.820 after 6, 1.803 after 8 and 1.822 after 12. A twentieth, read 10 times, came to 2.142, and to 2.174 without it and read 6 times (no
+# row).
 OFTEN, FORGETTING, MOST_EPOCHS, DECAY = 3, 1.4, 10, 0.05
+DROPOUT, VERY_OFTEN = 0.2, 5  # instead, for AdamW, with which nothing of this was tried: Muon with the usual decay gained by it from six readings on
 FEWEST_STEPS = 20  # in which a reading may be forgotten: the least that a row has
 FINISHING = 4.0  # seconds of a run that go into the last evaluation, and into saving
 SAMPLE_TOKENS = 2048  # on which a shape is timed
@@ -86,9 +88,13 @@ def choose(seconds: float, tokens: int, vocab_size: int, place: Machine, given: 
     evaluations = max(2, min(10, round(seconds / 45)))
     pick(f"for about {count} steps", batch_size=rows, eval_every=max(1, round(steps / evaluations)))
     rates = learning(steps, given.get("optimizer", "muon")) | given
-    decay = decay_for(epochs, steps, rates["matrix_learning_rate"]) if rates["optimizer"] == "muon" else DECAY
+    muon, dropout, decay = rates["optimizer"] == "muon", 0.0, DECAY
+    if muon and epochs > OFTEN:
+        decay = round(FORGETTING / (rates["matrix_learning_rate"] * max(FEWEST_STEPS, steps / epochs)), 2)
+    if not muon and epochs > VERY_OFTEN:
+        dropout = DROPOUT
     per_token = body_parameters(model) / tokens
-    pick(f"the text is read {epochs:.2g} times, by {per_token:.2g} parameters for each token of it", dropout=0.0, weight_decay=decay)
+    pick(f"the text is read {epochs:.2g} times, by {per_token:.2g} parameters for each token of it", dropout=dropout, weight_decay=decay)
     if read > most:
         pick(f"fewer than the time allows: the text would be read more than {MOST_EPOCHS} times", steps=math.ceil(steps))
     pick(f"suit a run of {count} steps", **learning(steps, rates["optimizer"]))
@@ -146,12 +152,6 @@ def learning(steps: float, optimizer: str = "muon") -> dict[str, Any]:
         "warmup_steps": 20,
         "cooldown": 0.7,
     }
-
-
-def decay_for(epochs: float, steps: float, rate: float) -> float:
-    """The weight decay for a text that is read so often in so many steps of Muon at this highest rate."""
-    forgotten = FORGETTING * min(1.0, max(0.0, epochs - OFTEN))
-    return max(DECAY, round(forgotten / (rate * max(FEWEST_STEPS, steps / epochs)), 2))
 
 
 def heads_for(n_embd: int, n_kv_head: int = 1) -> int:

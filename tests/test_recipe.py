@@ -68,6 +68,12 @@ def test_what_is_read_often_is_forgotten_within_a_reading(place, speed, tokens):
     assert found.model.dropout == 0
 
 
+def test_for_adamw_what_is_read_often_gets_dropout_instead(place, speed):
+    speed(1e13)
+    found = config(recipe.choose(1800, 226_000, 65, place, {"optimizer": "adamw"}), {"minutes": 30.0, "optimizer": "adamw"})
+    assert (found.model.dropout, found.training.weight_decay) == (recipe.DROPOUT, recipe.DECAY)
+
+
 @pytest.mark.parametrize(("seconds", "tokens"), [(1800, 10**8), (2, 200_000)])
 def test_what_is_seldom_read_is_kept(place, speed, seconds, tokens):
     assert config(recipe.choose(seconds, tokens, 65, place, {})).training.weight_decay == recipe.DECAY
