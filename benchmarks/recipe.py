@@ -20,7 +20,7 @@ import nanogpt
 from nanogpt.config import ModelConfig
 from nanogpt.corpus import expand
 from nanogpt.plan import body_parameters
-from nanogpt.recipe import DECAY, FORGETTING, OFTEN, heads_for, learning
+from nanogpt.recipe import decay_for, heads_for, learning
 
 app = App(help=__doc__)
 ROWS, CONTEXT = 8, 256
@@ -51,8 +51,8 @@ def fit(rows: list[dict[str, str]]) -> dict[str, float]:
     for row in rows:
         steps, rate, tokens = int(row["steps"]), float(row["rate"]), int(row["train_tokens"])
         readings = steps * ROWS * CONTEXT / tokens
-        decay = DECAY if readings <= OFTEN else FORGETTING / (rate * steps / readings)
-        as_chosen = all(0.8 < ratio < 1.25 for ratio in (rate / learning(steps)["matrix_learning_rate"], float(row["decay"]) / decay))
+        ratios = rate / learning(steps)["matrix_learning_rate"], float(row["decay"]) / decay_for(readings, steps, rate)
+        as_chosen = all(0.8 < ratio < 1.25 for ratio in ratios)
         if float(row["share"]) == 1 and float(row["dropout"]) == 0 and as_chosen:
             losses.append(float(row["val_loss"]))
             sizes.append(body_parameters(ModelConfig(arch="modern", **shape(row))) / 1e6)

@@ -25,7 +25,7 @@ SHAPES = (  # layers and width
     (2, 64), (3, 96), (4, 128), (4, 160), (4, 192), (6, 256), (6, 320), (6, 384), (8, 448), (8, 512), (10, 640), (12, 768), (16, 1024), (24, 1024),
 )  # fmt: skip
 # The law: loss = floor + A / (parameters / 1e6)^a + B / (tokens / 1e6)^b, where text that was read before teaches ever less (Muennighoff et al. 2023, eq. 5:
-# REREADING is R*_D, which they found to be 15.4 for far larger texts and models); fitted to benchmarks/recipe.csv, which it describes within 0.008.
+# REREADING is R*_D, which they found to be 15.4 for far larger texts and models); fitted to benchmarks/recipe.csv, which it describes within 0.008 (rms).
 A, a, B, b, REREADING = 0.131, 0.4, 0.242, 0.6, 2
 WORTH = 0.002  # nats that a larger model has to gain
 PARAMETERS_PER_TOKEN = 18  # at most: a twentieth of Tiny Shakespeare gained from so many, and not from 39
@@ -88,11 +88,10 @@ def choose(seconds: float, tokens: int, vocab_size: int, place: Machine, given: 
     evaluations = max(2, min(10, round(seconds / 45)))
     pick(f"for about {count} steps", batch_size=rows, eval_every=max(1, round(steps / evaluations)))
     rates = learning(steps, given.get("optimizer", "muon")) | given
-    muon, dropout, decay = rates["optimizer"] == "muon", 0.0, DECAY
-    if muon and epochs > OFTEN:
-        decay = round(FORGETTING / (rates["matrix_learning_rate"] * max(FEWEST_STEPS, steps / epochs)), 2)
-    if not muon and epochs > VERY_OFTEN:
-        dropout = DROPOUT
+    if rates["optimizer"] == "muon":
+        dropout, decay = 0.0, decay_for(epochs, steps, rates["matrix_learning_rate"])
+    else:
+        dropout, decay = DROPOUT if epochs > VERY_OFTEN else 0.0, DECAY
     per_token = body_parameters(model) / tokens
     pick(f"the text is read {epochs:.2g} times, by {per_token:.2g} parameters for each token of it", dropout=dropout, weight_decay=decay)
     if read > most:
@@ -152,6 +151,11 @@ def learning(steps: float, optimizer: str = "muon") -> dict[str, Any]:
         "warmup_steps": 20,
         "cooldown": 0.7,
     }
+
+
+def decay_for(epochs: float, steps: float, rate: float) -> float:
+    """The weight decay of Muon for a text that is read so many times in so many steps, `rate` being the highest."""
+    return DECAY if epochs <= OFTEN else round(FORGETTING / (rate * max(FEWEST_STEPS, steps / epochs)), 2)
 
 
 def heads_for(n_embd: int, n_kv_head: int = 1) -> int:
