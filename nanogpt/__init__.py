@@ -7,18 +7,18 @@ print("".join(model.stream("Once upon", seed=1)))
 
 from typing import Any
 
+from nanogpt._version import __version__
 from nanogpt.errors import UserError
 
-__version__ = "0.1.0"
-__all__ = ["UserError", "load", "train"]
+__all__ = ["UserError", "__version__", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """`train` and `load` come from `library` when first asked for: importing torch takes longer than `nanogpt --help` may."""
+    """Import `train` and `load` on first use: torch takes longer to import than `--help` may."""
     if name in ("load", "train"):
-        from nanogpt import library
+        from nanogpt import api
 
-        return getattr(library, name)
+        return getattr(api, name)
     raise AttributeError(f"module 'nanogpt' has no attribute {name!r}")
 
 

@@ -1,7 +1,4 @@
-"""The command `nanogpt`, and `python -m nanogpt`, also where scripts are not on the path.
-
-In: words. Out: an exit code. Ctrl-C is 130 from the first moment on: what the command line needs is imported here, where it is waited for.
-"""
+"""The command `nanogpt`, also as `python -m nanogpt`."""
 
 import os
 import signal
@@ -10,24 +7,27 @@ from typing import NoReturn
 
 
 def main() -> None:
-    """Run the command line, and leave as it does."""
+    """Run the command line and exit with its code."""
     try:
-        from nanogpt.cli import main as command
+        # Imports happen here so that Ctrl-C during import also exits with 130.
+        from nanogpt.cli.main import main as run_cli
 
-        command()
+        run_cli()
     except KeyboardInterrupt:
-        _leave(130)
-    except SystemExit as end:
-        _leave(end.code)
+        _exit(130)
+    except SystemExit as error:
+        _exit(error.code)
 
 
-def _leave(code: int | str | None) -> NoReturn:
+def _exit(code: int | str | None) -> NoReturn:
     if code == 130:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # who is impatient presses it again
-    if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(code, int | None):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ignore a second Ctrl-C.
+    is_distributed = os.environ.get("WORLD_SIZE", "1") != "1"
+    if is_distributed and isinstance(code, int | None):
+        # Leftover gloo threads would abort a normal exit.
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        os._exit(code or 0)  # of many processes: threads of gloo that are left abort a process that ends in the ordinary way
+        os._exit(code or 0)
     sys.exit(code)
 
 

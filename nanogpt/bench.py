@@ -1,78 +1,142 @@
-"""How fast this machine trains and writes: the real step and the real sampler, timed on a built-in text.
-
-In: settings by name, as for training. Out: tokens per second, FLOP/s and the share of the measured peak; medians.
-"""
+"""Measure training and decoding throughput on a built-in text."""
 
 import itertools
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt import generate, machine
-from nanogpt.config import SamplingConfig, resolve
-from nanogpt.plan import flops_per_token
-from nanogpt.prepare import prepare
-from nanogpt.report import Speed
-from nanogpt.trainer import Position, Trainer, build
+from nanogpt.config import Config, SamplingConfig, resolve
+from nanogpt.data.prepare import PreparedData, prepare
+from nanogpt.device import autotune, compile, device, measurements, memory
+from nanogpt.device.device import Machine
+from nanogpt.generate.decoder import create_decoder
+from nanogpt.generate.engine import Engine
+from nanogpt.generate.sequence import Request
+from nanogpt.model import GPT
+from nanogpt.plan.model_size import flops_per_token
+from nanogpt.training.setup import build_model_and_optimizer
+from nanogpt.training.state import TrainState
+from nanogpt.training.trainer import RunContext, Trainer
 
 TEXT = "python-docs"
 
 
-def bench(settings: dict[str, Any], seconds: float = 10.0, tokens: int = 200) -> Speed:
-    """Time training steps with these settings for some seconds, and `tokens` tokens of generation, as a long run would have them. The model is not kept.
+@dataclass(frozen=True)
+class Speed:
+    """Measured throughput of training and decoding; times are medians.
 
-    Errors: `UserError` for settings that are wrong, or too large for the memory.
+    Attributes:
+        machine: Description of the device.
+        attention: Attention implementation.
+        compiled: True if the training step was compiled.
+        parameters: Number of parameters.
+        tokens_per_step: Tokens of a training step.
+        step_seconds: Seconds of a training step, optimizer included.
+        train_tokens_per_second: Training throughput.
+        train_flops_per_second: Training throughput in FLOP/s.
+        peak_flops_per_second: Measured matmul throughput in FLOP/s.
+        mfu: Model FLOPs utilization, relative to the measured peak.
+        decode_tokens_per_second: Throughput of one sequence.
+        startup_seconds: Seconds to compile and to run a first step.
+        steps: Timed training steps.
+        tokens: Timed decode steps.
     """
-    settled = resolve(settings | {"steps": 1_000_000, "minutes": None})
-    text = prepare([TEXT], settled.text)
-    if not settled.text.cross_documents:
-        text = text.within_documents(settled.model.context_length)
-    place = machine.choose(settled.machine)
-    place, _ = machine.for_training(place, settled.machine, settled.model, settled.training.batch_size, 1e9)
-    with machine.memory_for(f"a model of this shape: {settled.model}"):
-        model, optimizer = build(settled, text.tokenizer.vocab_size, place)
-    with tempfile.TemporaryDirectory(prefix="nanogpt-") as run, machine.memory_for(f"a step of {settled.training.batch_size} windows"):
-        trainer = Trainer(model, optimizer, text, settled.training, place, Path(run), Position(), lambda: False, time.monotonic())
-        begin = time.perf_counter()
-        trainer.get_ready()
-        ready = time.perf_counter() - begin
-        times = _step_times(trainer, seconds)
-    prompt = text.val[: max(1, settled.model.context_length // 2)].tolist()
-    with machine.eager():
-        engine = generate.Engine(
-            generate.open_decoder(model.eval(), place, settled.machine.dtype), text.tokenizer, [(text.tokenizer.end, text.tokenizer.end + 1)]
-        )
-        engine.add(generate.Request(prompt, SamplingConfig(max_tokens=tokens + 1), 1))
-        steps = [(len(pieces), time.perf_counter()) for pieces in iter(engine.step, [])]
-    pace = statistics.median((after - before) / made for (_, before), (made, after) in itertools.pairwise(steps))
-    per_step, step = settled.training.batch_size * settled.model.context_length, statistics.median(times)
-    speed = per_step / step * flops_per_token(settled.model, text.tokenizer.vocab_size)
-    peak = machine.peak(place.device, place.dtype)
+
+    machine: str
+    attention: str
+    compiled: bool
+    parameters: int
+    tokens_per_step: int
+    step_seconds: float
+    train_tokens_per_second: float
+    train_flops_per_second: float
+    peak_flops_per_second: float
+    mfu: float
+    decode_tokens_per_second: float
+    startup_seconds: float
+    steps: int
+    tokens: int
+
+
+def bench(settings: dict[str, Any], seconds: float = 10.0, tokens: int = 200) -> Speed:
+    """Measure training steps and decoding with these settings, as in a long run.
+
+    Args:
+        settings: Settings by name, as for training.
+        seconds: Time for the training steps.
+        tokens: Number of tokens to decode.
+
+    Raises:
+        UserError: If settings are wrong, or the model does not fit into memory.
+    """
+    config = resolve(settings | {"steps": 1_000_000, "minutes": None})
+    prepared = prepare([TEXT], config.data)
+    if not config.data.cross_documents:
+        prepared = prepared.with_document_windows(config.model.context_length)
+    vocab_size = prepared.tokenizer.vocab_size
+    machine = device.select_device(config.device)
+    machine, _ = autotune.autotune_for_training(
+        machine, config.device, config.model, config.training.batch_size, 1e9
+    )
+    with memory.explain_oom(f"a model of this shape: {config.model}"):
+        model, optimizer = build_model_and_optimizer(config, vocab_size, machine)
+    with (
+        tempfile.TemporaryDirectory(prefix="nanogpt-") as run,
+        memory.explain_oom(f"a step of {config.training.batch_size} sequences"),
+    ):
+        context = RunContext(Path(run), machine, time.monotonic())
+        trainer = Trainer(model, optimizer, prepared, config.training, TrainState(), context)
+        start = time.perf_counter()
+        trainer.prepare()
+        startup_seconds = time.perf_counter() - start
+        step_times = _step_times(trainer, seconds)
+    seconds_per_token = _decode_seconds_per_token(model, prepared, machine, config, tokens)
+    tokens_per_step = config.training.batch_size * config.model.context_length
+    step_seconds = statistics.median(step_times)
+    flops = tokens_per_step / step_seconds * flops_per_token(config.model, vocab_size)
+    peak = measurements.peak_flops(machine.device, machine.dtype)
     return Speed(
-        machine=str(place),
-        attention=place.attention,
-        compiled=place.compile,
+        machine=str(machine),
+        attention=machine.attention,
+        compiled=machine.compile,
         parameters=sum(p.numel() for p in model.parameters()),
-        tokens_per_step=per_step,
-        step_seconds=step,
-        train_tokens_per_second=per_step / step,
-        train_flops_per_second=speed,
+        tokens_per_step=tokens_per_step,
+        step_seconds=step_seconds,
+        train_tokens_per_second=tokens_per_step / step_seconds,
+        train_flops_per_second=flops,
         peak_flops_per_second=peak,
-        share_of_peak=speed / peak,
-        write_tokens_per_second=1 / pace,
-        ready_seconds=ready,
-        steps=len(times),
+        mfu=flops / peak,
+        decode_tokens_per_second=1 / seconds_per_token,
+        startup_seconds=startup_seconds,
+        steps=len(step_times),
         tokens=tokens,
     )
 
 
+def _decode_seconds_per_token(
+    model: GPT, prepared: PreparedData, machine: Machine, config: Config, tokens: int
+) -> float:
+    prompt = prepared.val[: max(1, config.model.context_length // 2)].tolist()
+    eot_id = prepared.tokenizer.eot_id
+    with compile.force_eager():
+        decoder = create_decoder(model.eval(), machine, config.device.dtype)
+        # The end-of-text token is never sampled, so that decoding does not stop early.
+        engine = Engine(decoder, prepared.tokenizer, [(eot_id, eot_id + 1)])
+        engine.add(Request(prompt, SamplingConfig(max_tokens=tokens + 1), 1))
+        steps = [(len(outputs), time.perf_counter()) for outputs in iter(engine.step, [])]
+    return statistics.median(
+        (end - start) / num_tokens for (_, start), (num_tokens, end) in itertools.pairwise(steps)
+    )
+
+
 def _step_times(trainer: Trainer, seconds: float) -> list[float]:
-    """Seconds of each step, after two that do not count."""
+    """Return the seconds of each step, without two warm-up steps."""
     times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - begin < seconds:
+    start = time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - start < seconds:
         event = trainer.step()
         times.append(event.tokens / event.tokens_per_second)
     return times[2:]

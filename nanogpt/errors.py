@@ -1,19 +1,29 @@
-"""What Nano-GPT says to a person rather than to a program.
+"""Errors and warnings that are meant for the user."""
 
-In: a sentence with the numbers in it, and the command that fixes the problem. Out: an exception or a warning that `cli` prints as it stands.
-"""
+from collections.abc import Mapping
 
 
 class UserError(Exception):
-    """A person asked for something that cannot be done. It reaches the terminal without a traceback, with exit code 2.
+    """A request that cannot be carried out; the command line prints it without a traceback.
 
-    `what` says what happened, with the numbers; `fix` is what to do about it, best of all one command.
-    A broken promise between two functions is no UserError but an `assert`.
+    A broken invariant between two functions is an `assert`, not a `UserError`.
+
+    Args:
+        what: What failed, with the value and its limit.
+        fix: One action that helps, as a sentence, or as the settings to change.
     """
 
-    def __init__(self, what: str, fix: str = ""):
-        super().__init__(f"{what}\n{fix}" if fix else what)
+    def __init__(self, what: str, fix: str | Mapping[str, object] = ""):
+        super().__init__(what, fix)
+        self.what = what
+        self.fix = fix
+
+    def __str__(self) -> str:
+        if isinstance(self.fix, str):
+            return f"{self.what}\n{self.fix}" if self.fix else self.what
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.fix.items())
+        return f"{self.what}\nSet {settings}."
 
 
 class Notice(UserWarning):
-    """A warning that does not stop the work, for a person: given to `warnings.warn`, so that a program can silence it."""
+    """A warning for the user that does not stop the work."""

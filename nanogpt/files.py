@@ -1,7 +1,7 @@
-"""Files that are whole or absent: every file and folder that Nano-GPT writes comes to its name through here.
+"""Atomic writes, file locks, free disk space and the cache folder.
 
-In: a path and a way to fill it. Out: the finished file or folder, on disk, under its name; a killed process leaves the old one.
-Refuses: to begin what does not fit on the disk.
+A file or folder is written under a temporary name beside its target, synced and then renamed, so
+that a killed process leaves the old version in place.
 """
 
 import errno
@@ -18,7 +18,7 @@ from nanogpt.errors import UserError
 
 
 def cache_dir() -> Path:
-    """The folder for what can be made again: prepared tokens and downloads. `XDG_CACHE_HOME` moves it."""
+    """Return the folder of prepared tokens and downloads; `XDG_CACHE_HOME` moves it."""
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "nanogpt"
     if sys.platform == "win32":
@@ -27,66 +27,81 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a new name beside `path` to write a file or a folder at; when the block ends well, sync it and rename it to `path`.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, and rename it to `path` when the block succeeds.
 
-    A file replaces the old one. A folder needs a free name; if another process took it meanwhile, with the same content, ours is dropped.
-    Errors: `UserError` when the disk is full. Whatever happens, nothing half-written is left under either name.
+    The block writes a file or a folder. A file replaces an existing one. A folder that another
+    process has created meanwhile is kept, and the new one is dropped. After an error the temporary
+    path is removed.
+
+    Raises:
+        UserError: The disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
+    tmp_path = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
     try:
-        yield unfinished
-        for file in [unfinished, *unfinished.rglob("*")] if unfinished.is_dir() else [unfinished]:
+        yield tmp_path
+        for file in [tmp_path, *tmp_path.rglob("*")] if tmp_path.is_dir() else [tmp_path]:
             _sync(file)
-        if unfinished.is_dir() and path.exists():
+        if tmp_path.is_dir() and path.exists():
             return
-        os.replace(unfinished, path)
+        os.replace(tmp_path, path)
         _sync(path.parent)
     except OSError as error:
-        if is_full(error):
-            raise disk_full(path) from error
+        if is_disk_full(error):
+            raise disk_full_error(path) from error
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not path.is_dir():
             raise
     finally:
-        discard(unfinished)
+        remove(tmp_path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small UTF-8 file, whole or not at all."""
-    with replacing(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8", newline="")
+    """Write a small UTF-8 file atomically."""
+    with atomic_write(path) as tmp_path:
+        tmp_path.write_text(text, encoding="utf-8", newline="")
 
 
-def sweep(folder: Path, older_than: float) -> None:
-    """Remove what killed processes left unfinished in a folder more than so many seconds ago."""
+def remove_stale_temp_files(folder: Path, older_than: float) -> None:
+    """Remove temporary files of killed processes, unmodified for `older_than` seconds."""
     for path in folder.glob(".*.unfinished"):
-        with suppress(FileNotFoundError):  # somebody else finished or removed it
+        # Another process may rename or remove the file at any moment.
+        with suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime >= older_than:
-                discard(path)
+                remove(path)
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the system gives back when the process ends, however it ends. Errors: `UserError` if another process holds it."""
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold a lock on a run folder, which the system releases when the process ends.
+
+    Args:
+        path: The lock file, inside the folder.
+
+    Raises:
+        UserError: Another process holds the lock.
+    """
+    # The import takes 0.1 s, and most commands need no lock.
+    from filelock import FileLock, Timeout
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"Another process is training in {path.parent.absolute()}.", "Wait for it, or choose another folder: --out FOLDER.") from error
+    # A generator may be closed in another thread than it was started in.
+    lock = FileLock(path, timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"Another process is training in {path.parent.absolute()}.",
+            "Wait until it has finished, or choose another output folder.",
+        ) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
-def discard(path: Path) -> None:
-    """Remove a file or a folder that may not be there."""
+def remove(path: Path) -> None:
+    """Remove a file or a folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -94,31 +109,35 @@ def discard(path: Path) -> None:
 
 
 def require_space(path: Path, needed: int) -> None:
-    """Raise `UserError` unless `needed` bytes are free where `path` is or will be."""
-    existing = next(folder for folder in [path.absolute(), *path.absolute().parents] if folder.exists())
-    usage = shutil.disk_usage(existing)
-    if usage.total and usage.free < needed:  # what has no size, such as /proc, is no disk: it says itself what it refuses
-        raise disk_full(path, needed)
+    """Raise `UserError` unless `needed` bytes are free on the disk of `path`."""
+    candidates = [path.absolute(), *path.absolute().parents]
+    usage = shutil.disk_usage(next(folder for folder in candidates if folder.exists()))
+    # A virtual file system such as /proc has no size, and reports its own errors.
+    if usage.total and usage.free < needed:
+        raise disk_full_error(path, needed)
 
 
-def is_full(error: OSError) -> bool:
-    """Whether the disk, or what a person may use of it, had no room."""
+def is_disk_full(error: OSError) -> bool:
+    """Return whether the disk or the user's quota is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def disk_full(path: Path, needed: int | None = None) -> UserError:
-    """What to say when the disk at `path` has no room, for so many bytes or at all."""
+def disk_full_error(path: Path, needed: int | None = None) -> UserError:
+    """Return the error for a full disk at `path`, where `needed` bytes were to be written."""
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     free = shutil.disk_usage(existing).free
-    wanted = f"{needed / 1e6:,.1f} MB are needed" if needed is not None else "more is needed"
+    required = f"{needed / 1e6:,.1f} MB are needed" if needed is not None else "more is needed"
     return UserError(
-        f"The disk is full: {free / 1e6:,.1f} MB are free for {path.absolute()}, {wanted}. What was saved before is untouched.",
-        "Free some space, or write elsewhere with --out FOLDER (prepared text goes to the folder XDG_CACHE_HOME names).",
+        f"The disk is full: {free / 1e6:,.1f} MB are free for {path.absolute()}, {required}. "
+        "Files saved earlier are unchanged.",
+        "Free some space, or choose an output folder on another disk. "
+        "Prepared text is cached in the folder that XDG_CACHE_HOME names.",
     )
 
 
 def _sync(path: Path) -> None:
-    if path.is_dir() and sys.platform == "win32":  # Windows has no handle on a folder to sync
+    # Windows has no handle on a folder to sync.
+    if path.is_dir() and sys.platform == "win32":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:

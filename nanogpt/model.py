@@ -1,400 +1,488 @@
-"""A GPT and its key-value cache; nothing else.
+"""The GPT model and its key-value cache, in two architectures.
 
-In: token ids. Out: logits. One network in two shapes:
+`gpt2` is GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners",
+section 2.3): learned positions, LayerNorm, GELU, biases, and tied embeddings.
+`qwen3` is Qwen3 (Yang et al. 2025, "Qwen3 Technical Report", section 2): rotary positions,
+RMSNorm, QK-norm, SwiGLU, no biases, and grouped-query attention.
 
-`classic` is GPT-2's (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3): learned positions, LayerNorm
-before attention and before a four times wider GELU feed-forward, biases, and a head that is the embedding's own matrix.
-`modern` is Qwen3's (Yang et al. 2025, "Qwen3 Technical Report", section 2): rotary positions, RMSNorm, normalised queries and keys,
-SwiGLU, no biases, key and value heads that may be shared, a head of its own, and, if asked for, a sliding window.
+Memory is linear in the context length: SDPA stores no attention matrix, and eager attention and
+the loss are computed in chunks.
 
-Memory is linear in the context: fused attention keeps no probabilities, any other attends for so many queries at a time, and so do the logits.
-
-B batch, T time, C channels (n_embd), H query heads, K key and value heads, D channels per head, V vocabulary; S times that are attended to.
+Shapes: B batch, T time, C channels (n_embd), H query heads, K key/value heads, D channels per
+head, V vocabulary, and S for the tokens that attention reads, cached ones included.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from nanogpt.config import ModelConfig
-from nanogpt.sizes import QUERIES, SCORES, swiglu_width
+from nanogpt.config import ATTN_CHUNK_SIZE, MAX_LOGITS_PER_CHUNK, ModelConfig
+from nanogpt.ops import (
+    attention_probs,
+    causal_mask,
+    chunked_attention,
+    chunked_cross_entropy,
+    dropout,
+    recompute,
+    split_dropout_seeds,
+)
 
-EPSILON = 1e-6  # of RMSNorm, as in Qwen3
+RMS_NORM_EPS = 1e-6  # as in Qwen3
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """Return the normalization of the residual stream."""
+    if config.arch == "qwen3":
+        return nn.RMSNorm(config.n_embd, RMS_NORM_EPS)
+    return nn.LayerNorm(config.n_embd)
+
+
+def normalize_rows(x: Tensor) -> Tensor:
+    """Scale the last dimension of x to an RMS of 1."""
+    return F.rms_norm(x, x.shape[-1:], eps=RMS_NORM_EPS)
+
+
+def uninitialized_embedding(num_rows: int, width: int) -> nn.Embedding:
+    """Return an embedding without values: drawing them on "meta" would import the compiler."""
+    return nn.Embedding.from_pretrained(torch.empty(num_rows, width), freeze=False)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Apply the GELU in its tanh form (Hendrycks and Gimpel 2016, section 2), as GPT-2 does."""
+    if torch.compiler.is_compiling():
+        # The sigmoid form costs less: tanh(u) = 2 sigmoid(2u) - 1. The factors are sqrt(8 / pi)
+        # and 0.044715 sqrt(8 / pi).
+        return x * torch.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))
+    return F.gelu(x, approximate="tanh")
+
+
+def rope_cos_sin(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Return the cosines and sines of rotary positions (Su et al. 2021, section 3.4.2).
+
+    Args:
+        positions: The position of each token, (..., T).
+        head_dim: The number of channels per head, D.
+        theta: The base of the frequencies.
+
+    Returns:
+        Cosines and sines, stacked: (2, ..., T, D / 2).
+    """
+    channels = torch.arange(0, head_dim, 2, device=positions.device)
+    inv_freq = theta ** (-channels / head_dim)  # (D / 2,)
+    angles = positions.unsqueeze(-1) * inv_freq  # (..., T, D / 2)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def apply_rotary_emb(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotate the channel pairs (i, i + D / 2) of x (B, H, T, D), as Qwen3 orders them."""
+    cos, sin = cos_sin[0], cos_sin[1]
+    x1, x2 = x.chunk(2, dim=3)  # (B, H, T, D / 2)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=3)
+
+
+def ntk_scaled_rope_theta(theta: float, factor: float, head_dim: int) -> float:
+    """Return the RoPE base that stretches the context by `factor`.
+
+    This is "NTK-aware" scaling (Peng et al. 2023, definition 1). The slowest channel pair rotates
+    `factor` times as slowly, so that its angles stay in the trained range. The fastest pair keeps
+    its speed.
+    """
+    return theta * factor ** (head_dim / max(1, head_dim - 2))
 
 
 class KVCache:
-    """Keys and values of the tokens a model has read, so that the next token costs one step instead of a whole window.
+    """The keys and values of the tokens that were read, for one sequence per row.
 
-    Each row is a text of its own: `lengths` (rows,) says how many of its `context_length` places are taken. The room is reserved at once, and taken as it
-    fills. cache[a:b] is some of the rows, in the same memory.
+    Slices such as `cache[2:4]` are caches of some rows, in the same memory.
     """
 
     def __init__(self, k: Tensor, v: Tensor, lengths: np.ndarray):
-        self.k, self.v, self.lengths = k, v, lengths  # (layers, B, K, S, D) each, (B,)
+        self.k = k  # (n_layer, B, K, context_length, D)
+        self.v = v
+        self.lengths = lengths  # (B,), the number of tokens in each row
+        # `advance` sets these for the `update` calls of one forward pass.
+        self.seq_len = 0
+        self.scatter_index: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def empty(cls, config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype) -> "KVCache":
-        """Room for so many rows. What a mask hides is multiplied by 0, so it must be a number already."""
-        shape = (config.n_layer, rows, config.n_kv_head or config.n_head, config.context_length, config.n_embd // config.n_head)
-        return cls(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype), np.zeros(rows, np.int64))
+    def empty(
+        cls, config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype
+    ) -> "KVCache":
+        """Return a cache without tokens, of `rows` rows of `context_length` tokens each."""
+        head_shape = (config.num_kv_heads, config.context_length, config.head_size)
+        shape = (config.n_layer, rows, *head_shape)
+        # Zeros, not empty memory: a masked slot is multiplied by 0, so it must not hold NaN.
+        k = torch.zeros(shape, device=device, dtype=dtype)
+        v = torch.zeros(shape, device=device, dtype=dtype)
+        return cls(k, v, np.zeros(rows, np.int64))
 
     def __getitem__(self, rows: slice) -> "KVCache":
         return KVCache(self.k[:, rows], self.v[:, rows], self.lengths[rows])
 
-    def take(self, T: int) -> Tensor:
-        """Make room for T tokens behind those of each row, one where the rows differ in length; give their positions (B, T), or (1, T) for all rows."""
-        self.end, self.level = int(self.lengths.max()) + T, len(set(self.lengths.tolist())) == 1
-        assert T == 1 or self.level, "several tokens for rows of unequal lengths"
-        assert self.end <= self.k.shape[3], "more tokens than the context holds"
-        if self.level:
-            positions = torch.arange(self.end - T, self.end, device=self.k.device).unsqueeze(0)
+    def advance(self, T: int) -> Tensor:
+        """Allocate the slots of T new tokens in every row, one if the rows differ in length.
+
+        Returns:
+            The positions of the new tokens, (B, T), or (1, T) if they are equal in all rows.
+        """
+        is_aligned = len(set(self.lengths.tolist())) == 1
+        self.seq_len = int(self.lengths.max()) + T
+        assert T == 1 or is_aligned, "several tokens for rows of unequal lengths"
+        assert self.seq_len <= self.k.shape[3], "more tokens than the context holds"
+        device = self.k.device
+        if is_aligned:
+            self.scatter_index = None
+            positions = torch.arange(self.seq_len - T, self.seq_len, device=device).unsqueeze(0)
         else:
-            positions = torch.from_numpy(self.lengths[:, None].copy()).to(self.k.device)
-            self.places = torch.arange(len(positions), device=self.k.device), positions[:, 0]
-        self.lengths += T  # in place: these may be some of the rows of a larger cache
+            positions = torch.from_numpy(self.lengths[:, None].copy()).to(device)
+            self.scatter_index = (torch.arange(len(positions), device=device), positions[:, 0])
+        self.lengths += T  # in place: this may be a slice of a larger cache
         return positions
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the (B, K, T, D) of new tokens where `take` made room; give those of the layer, (B, K, S, D), up to the last place that any row has taken."""
-        kept = self.k[layer], self.v[layer]
-        for room, new in zip(kept, (k, v), strict=True):
-            if self.level:
-                room[:, :, self.end - new.shape[2] : self.end] = new
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of the new tokens of a layer, (B, K, T, D) each.
+
+        Returns:
+            The layer's keys and values of all tokens, (B, K, S, D) each.
+        """
+        for cached, new in ((self.k[layer], k), (self.v[layer], v)):
+            if self.scatter_index is None:
+                cached[:, :, self.seq_len - new.shape[2] : self.seq_len] = new
             else:
-                rows, places = self.places
-                room[rows, :, places] = new[:, :, 0]
-        return kept[0][:, :, : self.end], kept[1][:, :, : self.end]
-
-
-def dropout(x: Tensor, rate: float, key: Tensor | None) -> Tensor:
-    """Zero a share `rate` of x (B, ...) and scale up the rest; key (B,) int32, one a row. Without a key x comes back untouched.
-
-    Bits come from a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; the mixing
-    function is Ellis and Wellons' lowbias32): the mask is a pure function of the row's key and the element's place in the row, so the same rows
-    give the same masks on every device and in every split of the batch, and there is no generator state to save. `rate` is rounded to 256ths.
-    """
-    zeros = round(rate * 256)
-    if key is None or zeros == 0:
-        return x
-    counter = torch.arange(x[0].numel(), dtype=torch.int32, device=x.device).view(x.shape[1:])
-    bits = _mix32(key.view(-1, *(1,) * counter.dim()) + counter)  # (B, ...), wrapping at 32 bits
-    return torch.where((bits & 0xFF) < zeros, 0.0, x * (256 / (256 - zeros))).type_as(x)
-
-
-def dropout_keys(keys: Tensor, places: int) -> Tensor:
-    """keys (B,) int32 -> (places, 3, B): a key for each row in each of the three places where a block drops."""
-    number = torch.arange(1, 3 * places + 1, dtype=torch.int32, device=keys.device).view(places, 3, 1)
-    return _mix32(keys + _mix32(number))
-
-
-def _mix32(x: Tensor) -> Tensor:
-    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D  # the masks make torch's shift, which copies the sign, a logical one
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - (1 << 32))
-    return x ^ ((x >> 16) & 0xFFFF)
+                rows, positions = self.scatter_index
+                cached[rows, :, positions] = new[:, :, 0]
+        return self.k[layer, :, :, : self.seq_len], self.v[layer, :, :, : self.seq_len]
 
 
 class Attention(nn.Module):
     """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2).
 
-    In `modern`, queries and keys are normalised and turned by their position, `n_kv_head` heads of keys and values may serve several queries each
-    (Ainslie et al. 2023, section 2.2), and with a window each token sees only the last so many (Beltagy et al. 2020, section 3.1).
+    In `qwen3`, queries and keys are normalized and rotated. Query heads may share key and value
+    heads (GQA, Ainslie et al. 2023, section 2.2). With a sliding window, each token attends to the
+    last tokens only (Beltagy et al. 2020, section 3.1).
     """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.modern = layer, config.arch == "modern"
-        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
-        self.head_dim = config.n_embd // config.n_head
-        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=not self.modern)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=not self.modern)
-        if self.modern:
-            self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim, EPSILON), nn.RMSNorm(self.head_dim, EPSILON)
-        self.dropout = 0.0 if self.modern else config.dropout
-        self.window = config.window if config.window is not None and config.window < config.context_length else None
-        self.fused = True
+        self.layer = layer
+        self.n_head = config.n_head
+        self.n_kv_head = config.num_kv_heads
+        self.head_dim = config.head_size
+        self.window = config.attention_window
+        self.is_qwen3 = config.arch == "qwen3"
+        self.dropout = 0.0 if self.is_qwen3 else config.dropout
+        self.attn_implementation = "sdpa"
+        num_heads = self.n_head + 2 * self.n_kv_head
+        has_bias = not self.is_qwen3
+        self.qkv_proj = nn.Linear(config.n_embd, num_heads * self.head_dim, bias=has_bias)
+        self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=has_bias)
+        if self.is_qwen3:
+            self.q_norm = nn.RMSNorm(self.head_dim, RMS_NORM_EPS)
+            self.k_norm = nn.RMSNorm(self.head_dim, RMS_NORM_EPS)
 
-    def is_fused(self, key: Tensor | None) -> bool:
-        """Whether one kernel does it all. Where probabilities are dropped it cannot: the kernels have their own random numbers."""
-        return self.fused and (key is None or not self.dropout)
+    def forward(
+        self,
+        x: Tensor,
+        cos_sin: Tensor | None,
+        mask: Tensor | None,
+        dropout_seeds: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """Attend from each token to itself and the tokens before it.
 
-    def forward(self, x: Tensor, turn: Tensor | None, mask: Tensor | None, key: Tensor | None, cache: KVCache | None) -> Tensor:
-        """x (B, T, C) -> (B, T, C). `turn` is that of `turns`, for modern; `mask` that of `causal_mask`, None where none is needed; key (B,) for dropout;
-        with a cache, the T tokens also attend to what it holds."""
-        B, T, C = x.shape
-        q, k, v = self.heads(x, turn)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # (B, K, S, D)
-        if T == 1:
-            q = q.view(B, self.n_kv_head, -1, self.head_dim)  # queries that share keys go together, like tokens that all see the same: (B, K, H / K, D)
-        else:
-            k, v = self.share(k), self.share(v)  # (B, H, S, D)
-        at_once = T <= QUERIES or self.is_causal(T, k.shape[2], key)
-        y = self.attend(q, k, v, mask, key, causal=T > 1) if at_once else self.attend_by_blocks(q, k, v, key)
-        return self.proj(y.reshape(B, self.n_head, T, self.head_dim).transpose(1, 2).reshape(B, T, C))
+        Args:
+            x: The normalized residual stream, (B, T, C).
+            cos_sin: The result of `rope_cos_sin`, for `qwen3`.
+            mask: The result of `causal_mask`, (1, T, S) or (B, 1, T, S), or None.
+            dropout_seeds: Seeds of the dropout of attention probabilities, (B,), or None.
+            cache: A cache to extend by these tokens and to attend to, or None.
 
-    def heads(self, x: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, C) -> queries (B, H, T, D), keys and values (B, K, T, D), normalised and turned where the shape is modern."""
+        Returns:
+            The attention output, (B, T, C).
+        """
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2K, T, D)
+        q, k, v = self.project_qkv(x, cos_sin)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
+        if T == 1:
+            # Query heads that share keys take the time dimension, instead of repeating the keys.
+            q = q.view(B, self.n_kv_head, -1, self.head_dim)  # (B, K, H / K, D)
+            y = self.attend(q, k, v, mask, dropout_seeds, is_causal=False)
+        else:
+            k = self.repeat_kv(k)  # (B, H, S, D)
+            v = self.repeat_kv(v)
+            if T <= ATTN_CHUNK_SIZE or not self.needs_mask(T, k.shape[2], dropout_seeds):
+                y = self.attend(q, k, v, mask, dropout_seeds)  # (B, H, T, D)
+            else:
+                qkv = (q, k, v)
+                y = chunked_attention(self.attend, qkv, self.window, ATTN_CHUNK_SIZE, dropout_seeds)
+        y = y.reshape(B, self.n_head, T, self.head_dim)
+        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D)
+        return self.o_proj(y)
+
+    def project_qkv(self, x: Tensor, cos_sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Project x (B, T, C) to queries (B, H, T, D), keys and values (B, K, T, D)."""
+        B, T, _ = x.shape
+        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2K, D)
+        qkv = qkv.transpose(1, 2)  # (B, H + 2K, T, D)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
-        if turn is not None:
-            q, k = (rotate(norm(part.float()), turn).type_as(v) for part, norm in ((q, self.q_norm), (k, self.k_norm)))
+        if cos_sin is not None:
+            q = apply_rotary_emb(self.q_norm(q.float()), cos_sin).type_as(v)
+            k = apply_rotary_emb(self.k_norm(k.float()), cos_sin).type_as(v)
         return q, k, v
 
-    def share(self, part: Tensor) -> Tensor:
-        """Keys or values (B, K, S, D), each repeated for the queries that it serves: (B, H, S, D)."""
-        return part if self.n_kv_head == self.n_head else part.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
+    def repeat_kv(self, x: Tensor) -> Tensor:
+        """Repeat keys or values (B, K, S, D) for the query heads that share them: (B, H, S, D)."""
+        if self.n_kv_head == self.n_head:
+            return x
+        return x.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
 
-    def is_causal(self, T: int, S: int, key: Tensor | None) -> bool:
-        """Whether T queries and S keys need no mask: a kernel knows which come before which, or all do."""
-        return self.window is None and (T == 1 or (self.is_fused(key) and T == S))
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        dropout_seeds: Tensor | None,
+        is_causal: bool = True,
+    ) -> Tensor:
+        """Return softmax(q k' / sqrt(D) + mask) v, (B, H, T, D)."""
+        if self.uses_sdpa(dropout_seeds):
+            attn_mask = None if mask is None else mask.to(q.dtype)
+            is_causal = is_causal and mask is None
+            return F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal)
+        probs = attention_probs(q, k, mask)  # (B, H, T, S)
+        return dropout(probs, self.dropout, dropout_seeds) @ v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key: Tensor | None, causal: bool) -> Tensor:
-        """q (B, H, T, D), k and v (B, H, S, D), mask (T, S) or, for each row or all, (B, 1, T, S) -> (B, H, T, D). Without a mask each token sees what came
-        before it if `causal`, else all."""
-        if self.is_fused(key):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), is_causal=causal and mask is None)
-        return dropout(self.weights(q, k, mask), self.dropout, key) @ v
+    def uses_sdpa(self, dropout_seeds: Tensor | None) -> bool:
+        """Return whether SDPA runs: its kernels cannot apply seeded dropout."""
+        drops_probs = dropout_seeds is not None and self.dropout > 0
+        return self.attn_implementation == "sdpa" and not drops_probs
 
-    def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-        """How much of each of S tokens each of T queries takes, (B, H, T, S): rows sum to one."""
-        scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3)
-        seen = scores if mask is None else scores.float() + mask
-        return seen.softmax(dim=3).type_as(scores)
-
-    def attend_by_blocks(self, q: Tensor, k: Tensor, v: Tensor, key: Tensor | None) -> Tensor:
-        """The same for many queries, which are the last of the S tokens, some at a time: with all keys, or with a window, with those that one of them can see.
-
-        Masks and probabilities are made again in the backward pass, so that never more than those of a block are there. Blocks are of one size, and nothing
-        of them stays but in one tensor: else the allocator of a CPU leaves holes between what stays that are too small for the next block.
-        """
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, first: int, key: Tensor | None) -> Tensor:
-            positions = torch.arange(first, first + q.shape[2], device=q.device)
-            return self.attend(q, k, v, causal_mask(positions, k.shape[2], self.window), key, causal=True)
-
-        y, T, S = torch.empty_like(q), q.shape[2], k.shape[2]
-        rows = QUERIES if self.window is not None else max(1, QUERIES**2 // S)
-        blocks = range(0, T, rows)
-        keys = [None] * len(blocks) if key is None else _mix32(key + torch.arange(len(blocks), dtype=torch.int32, device=key.device).unsqueeze(1)).unbind()
-        for begin, own in zip(blocks, keys, strict=True):
-            block = q[:, :, begin : begin + rows]  # (B, H, rows, D)
-            end = S - T + begin + block.shape[2]
-            first, last = (0, S) if self.window is None else (max(0, end - block.shape[2] - self.window + 1), end)
-            inputs = block, k[:, :, first:last], v[:, :, first:last], end - block.shape[2] - first, own
-            y[:, :, begin : begin + rows] = made_again(attend, *inputs)
-        return y
+    def needs_mask(self, T: int, S: int, dropout_seeds: Tensor | None) -> bool:
+        """Return whether T queries and S keys need a mask: one query, or SDPA, may do without."""
+        sees_all = T == 1 or (T == S and self.uses_sdpa(dropout_seeds))
+        return self.window is not None or not sees_all
 
 
-def made_again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """function(*inputs), of which only the inputs are kept for the backward pass (Chen et al. 2016, section 3)."""
-    if not torch.is_grad_enabled():  # nothing is kept, and PyTorch's function would first import the compiler, which takes a second and 100 MB
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-def causal_mask(positions: Tensor, S: int, window: int | None = None) -> Tensor:
-    """(..., T, S), to be added to scores: tokens at positions (..., T) each see themselves (0) and what came before, or its last `window` - 1, and
-    nothing else (-inf)."""
-    back = positions.unsqueeze(-1) - torch.arange(S, device=positions.device)  # (..., T, S)
-    hidden = back < 0 if window is None else (back < 0) | (back >= window)
-    return torch.zeros(hidden.shape, device=positions.device).masked_fill_(hidden, -math.inf)
-
-
-def turns(positions: Tensor, head_dim: int, base: float) -> Tensor:
-    """Cosines and sines (2, ..., T, D / 2) by which each position (..., T) turns each pair of channels (Su et al. 2021, section 3.4.2)."""
-    pairs = torch.arange(0, head_dim, 2, device=positions.device)
-    angles = positions.unsqueeze(-1) * base ** (-pairs / head_dim)  # (..., T, D / 2)
-    return torch.stack([angles.cos(), angles.sin()])
-
-
-def stretched_base(base: float, factor: float, head_dim: int) -> float:
-    """The base with which a model of rotary positions can look back `factor` times as far ("NTK-aware", Peng et al. 2023, definition 1).
-
-    The slowest pair of channels turns `factor` times as slowly, and so stays within the angles it has learned; the fastest turns as before.
-    """
-    return base * factor ** (head_dim / max(1, head_dim - 2))
-
-
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """x (B, H, T, D) with channel i and channel i + D / 2 turned as a pair, which is the order of Llama's and Qwen's weights."""
-    a, b = x.chunk(2, dim=3)
-    cos, sin = turn[0], turn[1]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=3)
-
-
-class FeedForward(nn.Module):
-    """Two linear layers: in `classic` around a GELU (its tanh form, as in GPT-2), in `modern` around a SwiGLU (Shazeer 2020, section 2)."""
+class MLP(nn.Module):
+    """The feed-forward network: a GELU in `gpt2`, a SwiGLU (Shazeer 2020, section 2) in `qwen3`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.modern = config.arch == "modern"
-        hidden = swiglu_width(config.n_embd) if self.modern else 4 * config.n_embd
-        self.fc = nn.Linear(config.n_embd, 2 * hidden if self.modern else hidden, bias=not self.modern)  # modern: gate, then value
-        self.proj = nn.Linear(hidden, config.n_embd, bias=not self.modern)
+        self.is_qwen3 = config.arch == "qwen3"
+        hidden = config.intermediate_size
+        # In `qwen3` the gate and the up projection are stacked, in this order.
+        up_features = 2 * hidden if self.is_qwen3 else hidden
+        self.up_proj = nn.Linear(config.n_embd, up_features, bias=not self.is_qwen3)
+        self.down_proj = nn.Linear(hidden, config.n_embd, bias=not self.is_qwen3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, T, C), every position for itself."""
-        if self.modern:
-            gate, value = self.fc(x).chunk(2, dim=2)
-            return self.proj(F.silu(gate) * value)
-        return self.proj(gelu(self.fc(x)))
-
-
-def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form (Hendrycks and Gimpel 2016, section 2).
-
-    A compiler gets it with a sigmoid, which costs less: since tanh(u) = 2 sigmoid(2u) - 1, it is the same function.
-    """
-    if torch.compiler.is_compiling():
-        return x * torch.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))  # sqrt(8 / pi), and 0.044715 times it
-    return F.gelu(x, approximate="tanh")
+        """Transform each token of x (B, T, C) separately."""
+        x = self.up_proj(x)  # (B, T, hidden), or (B, T, 2 * hidden)
+        if self.is_qwen3:
+            gate, up = x.chunk(2, dim=2)  # (B, T, hidden)
+            x = F.silu(gate) * up
+        else:
+            x = gelu(x)
+        return self.down_proj(x)
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on a normalised copy of the stream and added to it."""
+    """A pre-norm transformer block: attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.ln_1, self.ln_2 = norm(config), norm(config)
-        self.attn, self.mlp = Attention(config, layer), FeedForward(config)
+        self.ln_1 = make_norm(config)
+        self.ln_2 = make_norm(config)
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, turn: Tensor | None, mask: Tensor | None, keys: Tensor | None, cache: KVCache | None) -> Tensor:
-        """x (B, T, C) -> (B, T, C); keys (3, B); the rest as in `Attention`."""
-        on_attention, after_attention, after_mlp = keys if keys is not None else (None, None, None)
-        x = x + dropout(self.attn(self.ln_1(x), turn, mask, on_attention, cache), self.dropout, after_attention)
-        return x + dropout(self.mlp(self.ln_2(x)), self.dropout, after_mlp)
-
-
-def norm(config: ModelConfig) -> nn.Module:
-    """The normalisation of the stream."""
-    return nn.RMSNorm(config.n_embd, EPSILON) if config.arch == "modern" else nn.LayerNorm(config.n_embd)
-
-
-def embedding(rows: int, width: int) -> nn.Embedding:
-    """Without numbers in it yet: on the meta device, drawing them would import the compiler."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+    def forward(
+        self,
+        x: Tensor,
+        cos_sin: Tensor | None,
+        mask: Tensor | None,
+        dropout_seeds: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """Transform x (B, T, C); `dropout_seeds` is (3, B), the rest as in `Attention`."""
+        attn_seed, resid_seed, mlp_seed = (None,) * 3 if dropout_seeds is None else dropout_seeds
+        attn_out = self.attn(self.ln_1(x), cos_sin, mask, attn_seed, cache)
+        x = x + dropout(attn_out, self.dropout, resid_seed)
+        mlp_out = self.mlp(self.ln_2(x))
+        return x + dropout(mlp_out, self.dropout, mlp_seed)
 
 
 class GPT(nn.Module):
-    """The whole network.
+    """A decoder-only transformer.
 
-    The `modern` embedding is brought to unit size as it is read, which steadies training and is the same as an embedding whose
-    rows have that size: so it is exported.
+    A `qwen3` model in training RMS-normalizes its token embeddings, which steadies training.
+    A table with normalized rows is equivalent, so a model file holds that table, and a model
+    loaded from it has `normalize_embedding` False.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
-        self.config, self.vocab_size = config, vocab_size
-        self.checkpoints = False
-        self.wte = embedding(vocab_size, config.n_embd)
-        if config.arch == "classic":
-            self.wpe = embedding(config.context_length, config.n_embd)
+        self.config = config
+        self.vocab_size = vocab_size
+        self.is_qwen3 = config.arch == "qwen3"
+        self.normalize_embedding = self.is_qwen3
+        self.activation_checkpointing = False
+        self.wte = uninitialized_embedding(vocab_size, config.n_embd)
+        if not self.is_qwen3:
+            self.wpe = uninitialized_embedding(config.context_length, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = norm(config)
-        if config.arch == "modern":
-            self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
+        self.ln_f = make_norm(config)
+        if not config.has_tied_embeddings:
+            self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
+
+    def forward(
+        self, idx: Tensor, dropout_seeds: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Return the logits (B, T, V) of the token after each token of idx (B, T).
+
+        Args:
+            idx: Token ids, (B, T). With a cache they continue its sequences.
+            dropout_seeds: One seed per row, (B,) int32. Without seeds there is no dropout.
+            cache: The key-value cache to read and extend, or None.
+        """
+        return self.compute_logits(self.forward_hidden(idx, dropout_seeds, cache))
+
+    def forward_hidden(
+        self, idx: Tensor, dropout_seeds: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Return the final hidden states (B, T, C); arguments as in `forward`."""
+        T = idx.shape[1]
+        if cache is None:
+            assert self.config.context_length >= T, "more tokens than the context holds"
+            S = T
+            positions = torch.arange(T, device=idx.device).unsqueeze(0)  # (1, T)
+        else:
+            positions = cache.advance(T)  # (B, T), or (1, T)
+            S = cache.seq_len
+
+        attn = cast(Attention, self.blocks[0].attn)  # All blocks need the same mask.
+        needs_mask = len(positions) > 1 or attn.needs_mask(T, S, dropout_seeds)
+        mask = None
+        if needs_mask and T <= ATTN_CHUNK_SIZE:
+            mask = causal_mask(positions, S, attn.window).unsqueeze(1)  # (B or 1, 1, T, S)
+
+        num_sites = len(self.blocks) + 1
+        seeds: Tensor | list[None] = [None] * num_sites
+        if dropout_seeds is not None:
+            seeds = split_dropout_seeds(dropout_seeds, num_sites)  # (num_sites, 3, B)
+
+        x = self.wte(idx)  # (B, T, C)
+        cos_sin = None
+        if self.is_qwen3:
+            if self.normalize_embedding:
+                x = normalize_rows(x)
+            head_dim = self.config.head_size
+            cos_sin = rope_cos_sin(positions.unsqueeze(1), head_dim, self.config.rope_theta)
+        else:
+            x = x + self.wpe(positions)
+            x = dropout(x, self.config.dropout, None if seeds[0] is None else seeds[0][0])
+
+        for block, block_seeds in zip(self.blocks, seeds[1:], strict=True):
+            inputs = (x, cos_sin, mask, block_seeds, cache)
+            x = recompute(block, *inputs) if self.activation_checkpointing else block(*inputs)
+        return self.ln_f(x)
+
+    def embedding_table(self) -> Tensor:
+        """Return the token embeddings as the model reads them, (V, C)."""
+        return normalize_rows(self.wte.weight) if self.normalize_embedding else self.wte.weight
+
+    def head_weight(self) -> Tensor:
+        """Return the matrix of the output layer, (V, C)."""
+        if self.config.has_tied_embeddings:
+            return self.embedding_table()
+        return self.lm_head.weight
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Map final hidden states (..., C) to logits (..., V)."""
+        return F.linear(hidden, self.head_weight())
+
+    def last_token_logits(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return the logits (B, V) of the token after the last one of idx (B, T)."""
+        return self.compute_logits(self.forward_hidden(idx, cache=cache)[:, -1])
+
+    def loss_sum(self, idx: Tensor, targets: Tensor, dropout_seeds: Tensor | None = None) -> Tensor:
+        """Return the summed cross-entropy, in nats, of targets (B, T) after idx (B, T).
+
+        A target of -100 has no loss. It is a sum, so that micro-batches can be added before the
+        division by the number of targets.
+        """
+        return self._cross_entropy(self.forward_hidden(idx, dropout_seeds), targets, "sum")
+
+    def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy, in nats, of each target after idx (B, T): (B, T) float32."""
+        return self._cross_entropy(self.forward_hidden(idx), targets, "none").view(targets.shape)
+
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        hidden = hidden.flatten(0, 1)  # (B * T, C)
+        chunk_size = max(1, MAX_LOGITS_PER_CHUNK // self.vocab_size)
+        return chunked_cross_entropy(
+            self.compute_logits, hidden, targets.flatten(), chunk_size, reduction
+        )
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """The initial weights: norms and biases at rest, embeddings and matrices random.
+        """Draw the initial weights, a pure function of the generator's state.
 
-        `classic` has GPT-2's: standard deviation 0.02, residual projections scaled down by sqrt(2 n_layer). In `modern`, matrices keep the size of what
-        goes through them; residual projections and the head begin at zero, so that each block begins as the identity (Zhang et
-        al. 2019, "Fixup", section 3.2).
+        `gpt2` is initialized as GPT-2: standard deviation 0.02, and residual projections divided by
+        sqrt(2 n_layer). In `qwen3` matrices preserve the scale of their input. Residual projections
+        and the output layer start at zero, so that each block starts as the identity (Zhang et al.
+        2019, "Fixup", section 3.2).
         """
         for name, parameter in self.named_parameters():
-            self.init_weight(name, parameter, generator)
+            self.init_param(name, parameter, generator)
 
-    def init_weight(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """The initial values of one of the parameters, which are drawn in their order."""
-        into_stream = name.endswith("proj.weight")
+    def init_param(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        """Initialize one parameter; parameters must come in the order of `named_parameters`."""
+        is_residual_proj = name.endswith(("o_proj.weight", "down_proj.weight"))
         if parameter.dim() < 2:
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-        elif self.config.arch == "classic":
-            parameter.normal_(0.0, 0.02 / (math.sqrt(2 * self.config.n_layer) if into_stream else 1.0), generator=generator)
-        elif into_stream or name == "head.weight":
+            if name == "ln_f.weight" and self.is_qwen3 and self.config.has_tied_embeddings:
+                # The rows of the tied table have norm sqrt(C): keep the first logits at most 1.
+                parameter.div_(self.config.n_embd)
+        elif not self.is_qwen3:
+            divisor = math.sqrt(2 * self.config.n_layer) if is_residual_proj else 1.0
+            parameter.normal_(0.0, 0.02 / divisor, generator=generator)
+        elif is_residual_proj or name == "lm_head.weight":
             parameter.zero_()
         else:
-            parameter.normal_(0.0, 1.0 if name == "wte.weight" else parameter.shape[1] ** -0.5, generator=generator)
+            std = 1.0 if name == "wte.weight" else parameter.shape[1] ** -0.5
+            parameter.normal_(0.0, std, generator=generator)
 
-    def matrices(self) -> dict[str, list[int]]:
-        """The names of the blocks' matrices, each with the rows of the separate matrices that are stacked in it: queries, keys, values; gate, value."""
-        rows = {}
-        for name, module in self.blocks.named_modules(prefix="blocks"):
-            if isinstance(module, Attention):
-                rows[f"{name}.qkv.weight"] = [heads * module.head_dim for heads in (module.n_head, module.n_kv_head, module.n_kv_head)]
-            elif isinstance(module, FeedForward):
-                rows[f"{name}.fc.weight"] = [module.fc.out_features // (1 + module.modern)] * (1 + module.modern)
-            elif name.endswith("proj"):
-                rows[f"{name}.weight"] = [self.config.n_embd]
-        return rows
+    def muon_param_splits(self) -> dict[str, list[int]]:
+        """Return the names of the blocks' matrices, each with the rows of the stacked matrices.
 
-    def fuse_attention(self, yes: bool) -> None:
-        """Whether attention is one fused kernel, or a softmax between two products, which can be faster on a CPU; the function is the same."""
+        Muon orthogonalizes queries, keys and values separately, and so the gate and up projections.
+        """
+        config = self.config
+        num_heads = (config.n_head, config.num_kv_heads, config.num_kv_heads)
+        up_splits = [config.intermediate_size] * (2 if self.is_qwen3 else 1)
+        splits = {}
+        for layer in range(config.n_layer):
+            prefix = f"blocks.{layer}"
+            splits[f"{prefix}.attn.qkv_proj.weight"] = [n * config.head_size for n in num_heads]
+            splits[f"{prefix}.attn.o_proj.weight"] = [config.n_embd]
+            splits[f"{prefix}.mlp.up_proj.weight"] = up_splits
+            splits[f"{prefix}.mlp.down_proj.weight"] = [config.n_embd]
+        return splits
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Use "sdpa" or "eager" attention; eager can be faster on a CPU."""
         for module in self.modules():
             if isinstance(module, Attention):
-                module.fused = yes
+                module.attn_implementation = attn_implementation
 
-    def checkpoint_activations(self, yes: bool) -> None:
-        """Whether a training step keeps only what goes into each block, and computes the rest again in the backward pass (Chen et al. 2016, section 3);
-        the function is the same, and so are its gradients."""
-        self.checkpoints = yes
-
-    def trunk(self, idx: Tensor, keys: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """idx (B, T) -> the stream after the last normalisation, (B, T, C). With a cache, idx continues what it holds."""
-        T, attn = idx.shape[1], cast(Attention, self.blocks[0].attn)  # all are alike
-        assert cache is not None or self.config.context_length >= T, "more tokens than the context holds"
-        positions = torch.arange(T, device=idx.device).unsqueeze(0) if cache is None else cache.take(T)  # (B, T), or (1, T) for all rows
-        S = T if cache is None else cache.end
-        is_causal = len(positions) == 1 and attn.is_causal(T, S, keys)
-        mask = causal_mask(positions, S, attn.window).unsqueeze(1) if T <= QUERIES and not is_causal else None  # (B or 1, 1, T, S)
-        on_embedding, *places = [None] * (len(self.blocks) + 1) if keys is None else dropout_keys(keys, len(self.blocks) + 1)  # of (3, B) each
-        x, turn = self.wte(idx), None  # (B, T, C)
-        if self.config.arch == "classic":
-            x = dropout(x + self.wpe(positions), self.config.dropout, None if on_embedding is None else on_embedding[0])
-        else:
-            x, turn = F.rms_norm(x, x.shape[2:], eps=EPSILON), turns(positions.unsqueeze(1), self.config.n_embd // self.config.n_head, self.config.rope_base)
-        for block, place in zip(self.blocks, places, strict=True):
-            inputs = x, turn, mask, place, cache
-            x = made_again(block, *inputs) if self.checkpoints else block(*inputs)
-        return self.ln_f(x)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """The stream x (..., C) -> logits (..., V)."""
-        return F.linear(x, self.wte.weight if self.config.arch == "classic" else self.head.weight)
-
-    def forward(self, idx: Tensor, keys: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """idx (B, T) -> logits (B, T, V). Dropout acts only where there are keys (B,) int32, one a row (see `data.batch`)."""
-        return self.logits(self.trunk(idx, keys, cache))
-
-    def next_logits(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """idx (B, T) -> logits of the token after the last, (B, V)."""
-        return self.logits(self.trunk(idx, cache=cache)[:, -1])
-
-    def nats(self, idx: Tensor, targets: Tensor, keys: Tensor | None = None) -> Tensor:
-        """The summed cross-entropy, in nats, of targets (B, T), -100 for none, after idx (B, T): a sum, so that parts can be added before dividing."""
-        return torch.stack(self._cross_entropies(self.trunk(idx, keys), targets, "sum")).sum()
-
-    def nats_of_each(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """The cross-entropy, in nats, of each of the targets (B, T) after idx (B, T): (B, T) float32."""
-        return torch.cat(self._cross_entropies(self.trunk(idx), targets, "none")).view(targets.shape)
-
-    def _cross_entropies(self, x: Tensor, targets: Tensor, reduction: str) -> list[Tensor]:
-        """Those of the stream x (B, T, C), in pieces: where the logits are many, only some at a time are there, and again in the backward pass."""
-
-        def of(x: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(self.logits(x).float(), targets, reduction=reduction)  # () or (N,)
-
-        x, targets, rows = x.flatten(0, 1), targets.flatten(), max(1, SCORES // self.vocab_size)  # (N, C), (N,)
-        if len(x) <= rows:
-            return [of(x, targets)]
-        pieces = zip(x.split(rows), targets.split(rows), strict=True)
-        return [made_again(of, *piece) for piece in pieces]
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Keep only each block's input for the backward pass (Chen et al. 2016, section 3)."""
+        self.activation_checkpointing = enabled

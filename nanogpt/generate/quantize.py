@@ -1,13 +1,9 @@
-"""Weights in fewer bytes: the writing of text reads every weight once for each token, so that its speed is that of reading them.
-
-In: a model. Out: its matrices, rounded to int8 or bfloat16, or as they are; products with them; and the model that computes with what is rounded so, to be
-evaluated.
-"""
+"""Weight quantization for decoding, which is bound by the memory bandwidth of the weights."""
 
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +11,18 @@ from torch import Tensor
 
 from nanogpt.model import GPT, Block
 
-Heads = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+ProjectQKV = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 Precision = Literal["int8", "bfloat16", "float32"]
-IN_STEPS = 16  # of a row of weights: PyTorch's kernel reads so many at a time, also behind the end
+
+# PyTorch's int8 kernel reads rows of weights in multiples of 16, past the end of a shorter row.
+K_MULTIPLE = 16
 
 
-def rounded(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
-    """A matrix (N, K) of float32 as one of `precision` and a float32 scale (N,) for each output, which multiply to nearly the same.
+def quantize(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
+    """Quantize a float32 matrix (N, K) to weights (N, K) and a float32 scale (N,) per row.
 
-    int8 is symmetric, rounded to nearest, and its largest in each row is 127 (Dettmers et al. 2022, "LLM.int8()", section 2.1); the others have scale 1.
+    int8 is symmetric, rounded to nearest, with 127 for the largest of each row (Dettmers et al.
+    2022, "LLM.int8()", section 2.1). Floating-point weights have scale 1.
     """
     if precision != "int8":
         return weight.to(getattr(torch, precision)), torch.ones(len(weight))
@@ -33,53 +32,92 @@ def rounded(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def product(weight: Tensor, bias: Tensor | None, precision: Precision) -> Callable[[Tensor], Tensor]:
-    """The function x (..., K) -> x weight' + bias, (..., N), for a weight (N, K) that is kept in `precision`. With int8, on a CPU, what is multiplied
-    and its sums are rounded to bfloat16, and each row of x comes out as if it were alone."""
+def make_linear(
+    weight: Tensor, bias: Tensor | None, precision: Precision
+) -> Callable[[Tensor], Tensor]:
+    """Return a linear layer as a function, with the weights stored in `precision`.
+
+    In int8, on a CPU, inputs and sums are rounded to bfloat16, and a row does not depend on the
+    others of its batch.
+
+    Args:
+        weight: (N, K) float32.
+        bias: (N,) float32 or None.
+        precision: Type of the stored weights.
+
+    Returns:
+        A function from (..., K) to (..., N).
+    """
     if precision != "int8":
         dtype: torch.dtype = getattr(torch, precision)
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        weight = weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
         return lambda x: F.linear(x.to(dtype), weight, bias)
-    numbers, scale = rounded(weight, precision)
-    missing, one = -weight.shape[1] % IN_STEPS, torch.ones(len(weight), dtype=torch.bfloat16)
-    return partial(_int8_product, weight=F.pad(numbers, (0, missing)), one=one, scale=scale, bias=bias, missing=missing)
+    q_weight, scale = quantize(weight, precision)
+    padding = -weight.shape[1] % K_MULTIPLE
+    unit_scale = torch.ones(len(weight), dtype=torch.bfloat16)
+    return partial(
+        _int8_linear,
+        q_weight=F.pad(q_weight, (0, padding)),
+        unit_scale=unit_scale,
+        scale=scale,
+        bias=bias,
+        padding=padding,
+    )
 
 
-def _int8_product(x: Tensor, weight: Tensor, one: Tensor, scale: Tensor, bias: Tensor | None, missing: int) -> Tensor:
-    x, shape = (F.pad(x, (0, missing)) if missing else x), (*x.shape[:-1], len(weight))
-    y = torch._weight_int8pack_mm(x.to(torch.bfloat16).reshape(-1, weight.shape[1]), weight, one).view(shape)
-    return y * scale if bias is None else torch.addcmul(bias, y, scale)  # here, since the kernel would round the scales
+def _int8_linear(
+    x: Tensor,
+    q_weight: Tensor,
+    unit_scale: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    padding: int,
+) -> Tensor:
+    shape = (*x.shape[:-1], len(q_weight))
+    if padding:
+        x = F.pad(x, (0, padding))
+    rows = x.to(torch.bfloat16).reshape(-1, q_weight.shape[1])
+    y = torch._weight_int8pack_mm(rows, q_weight, unit_scale).view(shape)
+    # Scaled here in float32, because the kernel takes only bfloat16 scales.
+    return y * scale if bias is None else torch.addcmul(bias, y, scale)
 
 
 @torch.no_grad()
-def dequantized(model: GPT, precision: Precision) -> GPT:
-    """A copy of the model whose products are with the weights of `rounded`, and for int8 with keys and values that are rounded alike: what an evaluation
-    measures of it holds for `FastDecoder` with that precision, and nearly for `product`."""
+def fake_quantize(model: GPT, precision: Precision) -> GPT:
+    """Return a copy of the model that computes with quantized weights, to evaluate their loss.
+
+    For int8, keys and values are quantized too. The result is that of `NumbaDecoder` in the same
+    precision up to rounding, and close to that of `make_linear`.
+    """
     model = copy.deepcopy(model)
-    for weight in [*(model.get_parameter(name) for name in model.matrices()), head_matrix(model)]:
-        weight.copy_(_as_rounded(weight, precision))
+    matrices = [model.get_parameter(name) for name in model.muon_param_splits()]
+    # Tied embeddings are quantized with the head, so fold their normalization in first.
+    model.wte.weight.copy_(model.embedding_table())
+    model.normalize_embedding = False
+    for weight in [*matrices, model.head_weight()]:
+        weight.copy_(_fake_quantize(weight, precision))
     if precision == "int8":
         for block in cast(list[Block], list(model.blocks)):
-            block.attn.heads = _with_rounded_cache(block.attn.heads)  # type: ignore[method-assign, assignment]
+            quantized: Any = _fake_quantize_kv(block.attn.project_qkv)
+            block.attn.project_qkv = quantized  # type: ignore[method-assign]
     return model
 
 
-def _as_rounded(matrix: Tensor, precision: Precision) -> Tensor:
-    numbers, scale = rounded(matrix, precision)
-    return numbers.float() * scale[:, None]
+def _fake_quantize(matrix: Tensor, precision: Precision) -> Tensor:
+    q_weight, scale = quantize(matrix, precision)
+    return q_weight.float() * scale[:, None]
 
 
-def _with_rounded_cache(heads: Heads) -> Heads:
-    """`Attention.heads` with keys and values (B, K, T, D) as an int8 cache keeps them: with a scale for each head of each token."""
+def _fake_quantize_kv(project_qkv: ProjectQKV) -> ProjectQKV:
+    """Wrap a QKV projection: round keys and values (B, H, T, D) as an int8 cache stores them."""
 
-    def rounding(x: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        q, *kept = heads(x, turn)
-        k, v = (_as_rounded(part.reshape(-1, part.shape[3]), "int8").view(part.shape).type_as(part) for part in kept)
-        return q, k, v
+    def project(x: Tensor, cos_sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = project_qkv(x, cos_sin)
+        return q, _fake_quantize_rows(k), _fake_quantize_rows(v)
 
-    return rounding
+    return project
 
 
-def head_matrix(model: GPT) -> Tensor:
-    """The matrix (V, C) that makes the logits; in `classic` it is that of the embedding."""
-    return model.wte.weight if model.config.arch == "classic" else model.head.weight
+def _fake_quantize_rows(x: Tensor) -> Tensor:
+    return _fake_quantize(x.reshape(-1, x.shape[3]), "int8").view(x.shape).type_as(x)

@@ -1,0 +1,1 @@
+"""From text files to training batches: sources, tokens in shards, and their windows."""

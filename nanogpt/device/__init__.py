@@ -1,0 +1,1 @@
+"""Select, measure and tune the device that a model runs on."""

@@ -1,0 +1,1 @@
+"""Inspection of a trained model: surprisal, attention, neurons, embedding and memorization."""

@@ -1,0 +1,1 @@
+"""Renderers for the terminal and for HTML pages."""

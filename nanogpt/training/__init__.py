@@ -1,0 +1,1 @@
+"""Training: settings, setup, the training loop, its events and its checkpoints."""

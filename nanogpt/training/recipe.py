@@ -1,0 +1,300 @@
+"""Choose model shape and hyperparameters for a given text, machine and time budget.
+
+The shape is the one with the lowest loss that a scaling law predicts (Hoffmann et al. 2022,
+section 3.3) for the tokens that the machine can train on in that time. `benchmarks/recipe.py`
+fits the constants to `benchmarks/recipe.csv`, character-level runs on one English text. A larger
+vocabulary enters only through its cost.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nanogpt import checkpoint
+from nanogpt.config import ModelConfig, TrainingConfig, resolve
+from nanogpt.device import measurements
+from nanogpt.device.device import Machine
+from nanogpt.optim import Optimizer
+from nanogpt.plan.model_size import non_embedding_matmul_params
+
+CONTEXT_LENGTH = 256
+# Candidate (n_layer, n_embd), from small to large.
+CANDIDATE_SHAPES = (
+    (2, 64), (3, 96), (4, 128), (4, 160), (4, 192), (6, 256), (6, 320),
+    (6, 384), (8, 448), (8, 512), (10, 640), (12, 768), (16, 1024), (24, 1024),
+)  # fmt: skip
+# Nats per token by which a larger model must beat a smaller one.
+MIN_LOSS_GAIN = 0.002
+# On 1/20 of Tiny Shakespeare, 18 parameters per token still helped and 39 did not.
+MAX_PARAMETERS_PER_TOKEN = 18
+
+WEIGHT_DECAY = 0.05
+# From this many epochs on, Muon's weight decay shrinks weights by e^-EMA_TIMESCALE per epoch at the
+# peak learning rate (Wang & Aitchison 2024). Ablations: docs/experiments.md.
+MULTI_EPOCH_THRESHOLD = 3
+EMA_TIMESCALE = 1.4
+MAX_EPOCHS = 10
+# The shortest epoch, in steps, that the weight decay is scaled to.
+MIN_STEPS_PER_EPOCH = 20
+# AdamW, for which that weight decay was not tried, uses dropout above this many epochs instead.
+DROPOUT_EPOCHS = 5
+DROPOUT = 0.2
+
+# Seconds of a run that go into the last evaluation and the last save.
+TEARDOWN_SECONDS = 4.0
+# Below MIN_STEPS the batch size is halved, above MAX_STEPS it is doubled.
+MIN_STEPS = 100
+MAX_STEPS = 8000
+# Tokens in the batch that times a shape on a CPU; a GPU takes 8 times as many.
+TIMING_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class ScalingLaw:
+    """A fit of loss - floor = A / N^alpha + B / D^beta.
+
+    N counts parameters and D training tokens, both in millions. Tokens of repeated epochs count
+    for less: `repeat_decay` is R*_D of Muennighoff et al. 2023, equation 5. They found 15.4 for far
+    larger texts and models. The fit describes benchmarks/recipe.csv within 0.008 nats (rms).
+    """
+
+    A: float = 0.131
+    alpha: float = 0.4
+    B: float = 0.242
+    beta: float = 0.6
+    repeat_decay: float = 2.0
+
+
+LAW = ScalingLaw()
+
+
+@dataclass(frozen=True)
+class ChosenSetting:
+    """A setting that was chosen automatically, with a one-line reason."""
+
+    name: str
+    value: Any
+    reason: str
+
+
+def choose_settings(
+    seconds: float,
+    train_tokens: int,
+    vocab_size: int,
+    machine: Machine,
+    user_settings: dict[str, Any],
+    world_size: int = 1,
+) -> list[ChosenSetting]:
+    """Choose the settings of a run that takes `seconds`.
+
+    Args:
+        seconds: Time left for training, the last evaluation and the last save.
+        train_tokens: Tokens in the training split.
+        vocab_size: Size of the vocabulary.
+        machine: The machine of this process.
+        user_settings: Settings given by the user, which are kept.
+        world_size: Number of processes, each assumed to be as fast as this one.
+
+    Returns:
+        The settings that the user did not give, each with its reason.
+
+    Raises:
+        UserError: If the user's settings contradict each other.
+    """
+    chosen: list[ChosenSetting] = []
+
+    def add_choice(reason: str, **values: Any) -> None:
+        for name, value in values.items():
+            if name not in user_settings:
+                chosen.append(ChosenSetting(name, value, reason))
+
+    context_length = min(CONTEXT_LENGTH, max(1, train_tokens // 4))
+    base = {"arch": "qwen3", "context_length": context_length} | user_settings
+    train_seconds = max(1.0, 0.3 * seconds, seconds - TEARDOWN_SECONDS)
+    model, tokens_seen = _best_shape(
+        base, world_size * train_seconds, train_tokens, vocab_size, machine
+    )
+    max_tokens = MAX_EPOCHS * train_tokens
+    num_sequences = min(tokens_seen, max_tokens) / model.context_length
+    batch_size = user_settings.get("batch_size") or (32 if machine.device.type == "cuda" else 8)
+    steps = max(1.0, num_sequences / batch_size)
+    if "batch_size" not in user_settings:
+        batch_size, steps = _fit_batch_size(batch_size, steps, world_size)
+    about_steps = f"about {float(f'{steps:.2g}'):,.0f} steps"
+
+    add_choice("learns faster than gpt2", arch=base["arch"])
+    is_short = model.context_length < CONTEXT_LENGTH
+    context_reason = "the text is short" if is_short else "about 50 words of context"
+    add_choice(context_reason, context_length=model.context_length)
+    minutes = user_settings.get("minutes") or seconds / 60
+    add_choice(
+        f"lowest predicted loss in {minutes:.3g} min",
+        n_layer=model.n_layer,
+        n_embd=model.n_embd,
+        n_head=model.n_head,
+    )
+    num_evaluations = max(2, min(10, round(seconds / 45)))
+    eval_every = max(1, round(steps / num_evaluations))
+    add_choice(about_steps, batch_size=batch_size, eval_every=eval_every)
+    epochs = steps * batch_size * model.context_length / train_tokens
+    learning = lr_settings(steps, user_settings.get("optimizer", "muon"))
+    parameters_per_token = non_embedding_matmul_params(model) / train_tokens
+    add_choice(
+        f"{epochs:.2g} epochs, {parameters_per_token:.2g} parameters per token",
+        **_regularization(epochs, steps, learning | user_settings),
+    )
+    if tokens_seen > max_tokens:
+        add_choice(f"at most {MAX_EPOCHS} epochs; the time allows more", steps=math.ceil(steps))
+    add_choice(f"rates for {about_steps}", **learning)
+    return chosen
+
+
+def _fit_batch_size(batch_size: int, steps: float, world_size: int) -> tuple[int, float]:
+    """Return a batch size that keeps the number of steps in range and splits across ranks."""
+    while steps < MIN_STEPS and batch_size > 4:
+        batch_size, steps = batch_size // 2, steps * 2
+    while steps > MAX_STEPS:
+        batch_size, steps = batch_size * 2, steps / 2
+    if batch_size % world_size:
+        divisible = -(-batch_size // world_size) * world_size
+        batch_size, steps = divisible, steps * batch_size / divisible
+    return batch_size, steps
+
+
+def _regularization(epochs: float, steps: float, learning: dict[str, Any]) -> dict[str, float]:
+    """Return dropout and weight decay for the optimizer in `learning`."""
+    if learning["optimizer"] == "muon":
+        decay = muon_weight_decay(epochs, steps, learning["muon_learning_rate"])
+        return {"dropout": 0.0, "weight_decay": decay}
+    return {"dropout": DROPOUT if epochs > DROPOUT_EPOCHS else 0.0, "weight_decay": WEIGHT_DECAY}
+
+
+def _best_shape(
+    base: dict[str, Any], seconds: float, train_tokens: int, vocab_size: int, machine: Machine
+) -> tuple[ModelConfig, float]:
+    """Return the shape with the lowest predicted loss and the tokens it sees in the time.
+
+    The search runs from small to large. It stops at two shapes in a row that are no better, because
+    a single timing can be disturbed by other programs.
+    """
+    best: tuple[float, ModelConfig, float] | None = None
+    num_worse, max_tokens = 0, MAX_EPOCHS * train_tokens
+    for n_layer, n_embd in CANDIDATE_SHAPES:
+        model = _candidate_config(base, n_layer, n_embd)
+        num_params = non_embedding_matmul_params(model)
+        if best is not None and num_params > MAX_PARAMETERS_PER_TOKEN * train_tokens:
+            break
+        tokens_seen = seconds / seconds_per_token(model, vocab_size, machine)
+        loss = predicted_loss(num_params, min(tokens_seen, max_tokens), train_tokens)
+        if best is None or loss <= best[0] - MIN_LOSS_GAIN:
+            best, num_worse = (loss, model, tokens_seen), 0
+            continue
+        num_worse += 1
+        if num_worse == 2:
+            break
+    assert best is not None
+    return best[1:]
+
+
+def _candidate_config(base: dict[str, Any], n_layer: int, n_embd: int) -> ModelConfig:
+    """Return a valid shape near (n_layer, n_embd) that keeps the settings in `base`."""
+    heads = base.get("n_head") or base.get("n_kv_head") or 1
+    if "n_embd" not in base:
+        n_embd = max(1, round(n_embd / (2 * heads))) * 2 * heads
+    shape = {"n_layer": n_layer, "n_embd": n_embd}
+    shape |= {name: value for name, value in base.items() if name in ModelConfig.model_fields}
+    n_head = num_heads_for(shape["n_embd"], base.get("n_kv_head") or 1)
+    return resolve({"n_head": n_head} | shape | {"dropout": 0.0}).model
+
+
+def predicted_loss(
+    num_params: float, tokens_seen: float, train_tokens: float, law: ScalingLaw = LAW
+) -> float:
+    """Return the predicted loss above the floor, in nats per token.
+
+    Args:
+        num_params: Parameters of the block matrices.
+        tokens_seen: Training tokens, repeated epochs included.
+        train_tokens: Tokens in the training split.
+        law: The fitted constants.
+    """
+    repeat_epochs = max(0.0, tokens_seen / train_tokens - 1)
+    repeat_value = law.repeat_decay * (1 - math.exp(-repeat_epochs / law.repeat_decay))
+    effective_tokens = min(tokens_seen, train_tokens) * (1 + repeat_value)
+    model_term = law.A / (num_params / 1e6) ** law.alpha
+    return model_term + law.B / (effective_tokens / 1e6) ** law.beta
+
+
+def lr_settings(steps: float, optimizer: str = "muon") -> dict[str, Any]:
+    """Return the optimizer, peak learning rates and schedule for a run of `steps` steps.
+
+    Shorter runs get higher rates. The rows of benchmarks/recipe.csv reach up to 4,050 steps.
+    """
+    peak = min(0.06, max(0.015, 0.03 * (800 / steps) ** 0.35))
+    return {
+        "optimizer": optimizer,
+        "learning_rate": round(peak / 5 if optimizer == "muon" else peak / 20, 4),
+        "muon_learning_rate": round(peak, 3),
+        "warmup_steps": 20,
+        "cooldown_fraction": 0.7,
+    }
+
+
+def muon_weight_decay(epochs: float, steps: float, learning_rate: float) -> float:
+    """Return the weight decay of Muon for `epochs` epochs at a peak `learning_rate`."""
+    if epochs <= MULTI_EPOCH_THRESHOLD:
+        return WEIGHT_DECAY
+    steps_per_epoch = max(MIN_STEPS_PER_EPOCH, steps / epochs)
+    return round(EMA_TIMESCALE / (learning_rate * steps_per_epoch), 2)
+
+
+def num_heads_for(n_embd: int, n_kv_head: int = 1) -> int:
+    """Return a number of heads that divides `n_embd` and is a multiple of `n_kv_head`.
+
+    Heads have about 64 channels, or about 32 in models narrower than 128.
+    """
+    max_heads = max(n_kv_head, n_embd // (64 if n_embd >= 128 else 32))
+    for heads in range(max_heads, 0, -1):
+        if n_embd % (2 * heads) == 0 and heads % n_kv_head == 0:
+            return heads
+    return n_kv_head
+
+
+def seconds_per_token(model: ModelConfig, vocab_size: int, machine: Machine) -> float:
+    """Measure the seconds that an uncompiled training step takes per token.
+
+    The result is the fastest of four steps, measured once per shape and cached.
+    """
+    context_length = min(model.context_length, TIMING_TOKENS)
+    model = model.model_copy(update={"context_length": context_length})
+    tokens = TIMING_TOKENS if machine.device.type != "cuda" else 8 * TIMING_TOKENS
+    batch_size = max(1, tokens // context_length)
+    # Round the vocabulary up, so that texts with similar vocabularies share a measurement.
+    granularity = max(128, 2 ** vocab_size.bit_length() // 32)
+    vocab_size = -(-vocab_size // granularity) * granularity
+
+    def measure() -> float:
+        network = checkpoint.build_uninitialized(model, vocab_size, "cpu")
+        network.init_weights(torch.Generator().manual_seed(0))
+        network.to(machine.device)
+        optimizer = Optimizer(
+            network, TrainingConfig(optimizer="muon"), network.muon_param_splits(), machine.dtype
+        )
+        x = torch.zeros(batch_size, context_length, dtype=torch.int64, device=machine.device)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            with machine.autocast():
+                loss = network.loss_sum(x, x)
+            loss.backward()
+            optimizer.step(0.0)
+            optimizer.zero_grad()
+            loss.item()  # waits for a GPU
+            times.append(time.perf_counter() - start)
+        return min(times[1:]) / x.numel()
+
+    key = f"token {model} {vocab_size} {machine.dtype}"
+    return measurements.cached_measurement(key, machine.device, measure)
