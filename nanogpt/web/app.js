@@ -1,79 +1,122 @@
-// The page: its four tabs, the model that three of them work with, and whether the server is there.
+// The page: four tabs, and the model that three of them use.
 
+import { fetchJson, onOnlineChange, watchChanges } from "./api.js";
 import { announce, el } from "./dom.js";
-import { ask, onReach } from "./api.js";
-import { runsTab } from "./runs.js";
-import { writeTab } from "./write.js";
-import { lookTab } from "./look.js";
-import { copiesTab } from "./copies.js";
+import { GenerateTab } from "./generate.js";
+import { InspectTab } from "./inspect.js";
+import { MemorizationTab } from "./memorization.js";
+import { RunsTab } from "./runs.js";
 
-const START = { runs: runsTab, write: writeTab, look: lookTab, copies: copiesTab };
-const tabs = Object.keys(START).map((name) => ({ name, button: document.getElementById(`tab-${name}`), panel: document.getElementById(name) }));
-const select = document.getElementById("model");
+const TABS = {
+  runs: RunsTab,
+  generate: GenerateTab,
+  inspect: InspectTab,
+  memorization: MemorizationTab,
+};
 
-/** The model that was chosen for Write, Look and Copies; `changed` are called with its name, or "" while there is none. */
-const model = { name: "", wanted: "", changed: [], choose: (name) => take(name) };
+/** The chosen model. A "change" event follows each choice; `name` is "" without a model. */
+export class ModelChoice extends EventTarget {
+  name = "";
+  requested = "";
 
-/** Choose a model; where there is none of that name yet, as soon as there is. */
-function take(name) {
-  model.wanted = name;
-  if (name === model.name || ![...select.options].some((option) => option.value === name)) return;
-  select.value = model.name = name;
-  model.changed.forEach((tell) => tell(name));
-}
-
-async function listModels() {
-  const found = await ask("/v1/models").catch(() => null);
-  if (!found) return;
-  const names = found.data.sort((one, other) => other.created - one.created).map((entry) => entry.id); // the newest first
-  if (names.join("\n") === [...select.options].map((option) => option.value).join("\n") && names.length) return;
-  select.replaceChildren(...names.map((name) => el("option", { value: name }, name)));
-  const kept = [model.wanted, model.name].find((name) => names.includes(name)) ?? names[0] ?? "";
-  if (kept !== model.name || !names.length) {
-    model.name = kept;
-    model.changed.forEach((tell) => tell(kept));
+  constructor(select) {
+    super();
+    this.select = select;
+    select.addEventListener("change", () => {
+      this.choose(select.value);
+      announce(`Model ${select.value}`);
+    });
   }
-  select.value = model.name;
-}
 
-function show(name, focus = false) {
-  const chosen = tabs.find((tab) => tab.name === name) ?? tabs[0];
-  for (const tab of tabs) {
-    const on = tab === chosen;
-    tab.panel.hidden = !on;
-    tab.button.setAttribute("aria-selected", on);
-    tab.button.tabIndex = on ? 0 : -1;
-    if (on && !tab.view) tab.view = START[tab.name](tab.panel, model);
-    if (tab.view) (on ? tab.view.show : tab.view.hide)?.();
+  /** Choose a model; if there is none of that name yet, as soon as there is. */
+  choose(name) {
+    this.requested = name;
+    const isListed = [...this.select.options].some((option) => option.value === name);
+    if (name !== this.name && isListed) this.set(name);
   }
-  document.getElementById("model-choice").hidden = chosen.name === "runs";
-  document.title = `${chosen.button.textContent} · Nano-GPT`;
-  history.replaceState(null, "", `#${chosen.name}`);
-  if (focus) chosen.button.focus();
+
+  /** Reload the list of models, newest first. */
+  async update() {
+    const models = await fetchJson("/v1/models").catch(() => null);
+    if (!models) return;
+    const names = models.data.sort((a, b) => b.created - a.created).map((model) => model.id);
+    const listed = [...this.select.options].map((option) => option.value);
+    if (names.length && names.join("\n") === listed.join("\n")) return;
+    this.select.replaceChildren(...names.map((name) => el("option", { value: name }, name)));
+    const preferred = [this.requested, this.name].find((name) => names.includes(name));
+    const name = preferred ?? names[0] ?? "";
+    if (name !== this.name || !name) this.set(name);
+    this.select.value = name;
+  }
+
+  set(name) {
+    this.name = name;
+    this.select.value = name;
+    this.dispatchEvent(new Event("change"));
+  }
 }
 
-function reach(there) {
-  const notice = document.getElementById("offline");
-  if (notice.hidden === there) return;
-  notice.hidden = there;
-  notice.textContent = there ? "" : "The server has ended, so what you see stays as it is. Start it again in a terminal: nanogpt serve runs";
-}
+class App {
+  constructor() {
+    this.model = new ModelChoice(document.getElementById("model"));
+    this.modelLabel = document.getElementById("model-choice");
+    this.offline = document.getElementById("offline");
+    this.tabs = Object.keys(TABS).map((name) => ({
+      name,
+      button: document.getElementById(`tab-${name}`),
+      panel: document.getElementById(name),
+      view: null,
+    }));
+    this.tabs.forEach(({ name, button }, i) => {
+      button.addEventListener("click", () => this.show(name));
+      button.addEventListener("keydown", (event) => this.handleKey(event, i));
+    });
+    window.addEventListener("hashchange", () => this.show(location.hash.slice(1)));
+    onOnlineChange((online) => this.setOnline(online));
+    this.show(location.hash.slice(1));
+    watchChanges(() => this.update());
+  }
 
-tabs.forEach(({ name, button }, i) => {
-  button.addEventListener("click", () => show(name));
-  button.addEventListener("keydown", (event) => {
-    const to = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: tabs.length - 1 }[event.key];
-    if (to === undefined) return;
+  update() {
+    this.model.update();
+    for (const tab of this.tabs) tab.view?.update?.();
+  }
+
+  show(name, focus = false) {
+    const chosen = this.tabs.find((tab) => tab.name === name) ?? this.tabs[0];
+    for (const tab of this.tabs) {
+      const isChosen = tab === chosen;
+      tab.panel.hidden = !isChosen;
+      tab.button.setAttribute("aria-selected", isChosen);
+      tab.button.tabIndex = isChosen ? 0 : -1;
+      if (isChosen) {
+        tab.view ??= new TABS[tab.name](tab.panel, this.model);
+        tab.view.show?.();
+      }
+    }
+    this.modelLabel.hidden = chosen.name === "runs";
+    document.title = `${chosen.button.textContent} · Nano-GPT`;
+    history.replaceState(null, "", `#${chosen.name}`);
+    if (focus) chosen.button.focus();
+  }
+
+  handleKey(event, i) {
+    const last = this.tabs.length - 1;
+    const targets = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: last };
+    const target = targets[event.key];
+    if (target === undefined) return;
     event.preventDefault();
-    show(tabs[(to + tabs.length) % tabs.length].name, true);
-  });
-});
-select.addEventListener("change", () => {
-  take(select.value);
-  announce(`Model ${select.value}`);
-});
-window.addEventListener("hashchange", () => show(location.hash.slice(1)));
-onReach(reach);
-show(location.hash.slice(1));
-listModels();
-setInterval(listModels, 5000);
+    const next = this.tabs[(target + this.tabs.length) % this.tabs.length];
+    this.show(next.name, true);
+  }
+
+  setOnline(online) {
+    if (this.offline.hidden === online) return;
+    this.offline.hidden = online;
+    this.offline.textContent = online
+      ? ""
+      : "The server has stopped. Start it again in a terminal: nanogpt serve runs";
+  }
+}
+
+new App();

@@ -1,196 +1,313 @@
-// Attention: every layer and head as a small map; one of them large, and as arcs over the text from a chosen character.
+// Attention: a small map for every head, a large one, and arcs from a token to those it attends to.
 
-import { ask } from "./api.js";
-import { choice, el, nameOf, number, percent, svg } from "./dom.js";
-import { TokenText } from "./tokens.js";
+import { fetchJson } from "./api.js";
+import { el, fromTemplate, SegmentedControl, svg } from "./dom.js";
+import { formatNumber, formatPercent, tokenLabel } from "./format.js";
+import { TokenText } from "./token_text.js";
 
-const ARCS = 12; // at most, the strongest
-const NEAR = 5; // characters back, about a word, are no distance
-const FAINT = 0.02; // a share of attention below which no arc is drawn
+const MAX_ARCS = 12;
+const MIN_DISTANCE = 5; // tokens; closer targets do not count as telling
+const MIN_WEIGHT = 0.02; // of an arc
+const SMALL_MAP = 96; // px
+const LARGE_MAP = 420; // px
 
-/** The view, with the `node` that holds it. */
-export class AttentionView {
-  layer = 0;
-  head = 0;
-  place = 0; // of the character that looks
-  how = "one";
-  title = el("h3", {});
-  cut = el("p", { className: "quiet" });
-  maps = el("div", { className: "maps", role: "radiogroup", "aria-label": "Layers and heads", onkeydown: (event) => this.key(event) });
-  large = el("canvas", { className: "map-large", role: "img", tabIndex: 0 });
-  reading = el("p", { className: "quiet reading", "aria-live": "polite" });
-  arcs = svg("svg", { class: "arcs", "aria-hidden": "true" });
-  text = new TokenText("The text; choose a character to see what it attends to", {
-    onpick: (i) => this.point(i),
-    describe: (i) => (i <= this.place ? `${percent(this.weight(this.place, i))} of its attention` : "comes later"),
-  });
-
-  constructor() {
-    this.stage = el("div", { className: "stage" }, this.text.node, this.arcs);
-    this.average = choice("Which attention", [["one", "One head"], ["layer", "Mean of the layer"]], this.how, (how) => ((this.how = how), this.paint()));
-    const words = "Before it predicts the next character, each head looks back. A row is a character, its columns those it looks at: the deeper the colour, the more.";
-    this.node = el("div", { className: "panel" }, el("p", { className: "quiet" }, `${words} Choose a map, named by its layer and head, then a character.`), this.cut, this.maps,
-      el("div", { className: "toolbar" }, this.title, this.average), el("div", { className: "attention" }, el("div", {}, this.stage, this.reading), this.large));  // prettier-ignore
-    this.large.addEventListener("pointermove", (event) => this.hover(event));
-    this.large.addEventListener("click", (event) => this.point(this.tokenAt(event.offsetY)));
-    this.large.addEventListener("keydown", (event) => {
-      const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-      if (!step) return;
-      event.preventDefault();
-      this.point(this.place + step);
-    });
-    addEventListener("resize", () => this.node.isConnected && this.found && this.point(this.place));
+/** The attention weights of a text, (layers, heads, T, T). */
+class AttentionWeights {
+  constructor({ token_texts, num_tokens, layers, heads, weights }) {
+    const bytes = Uint8Array.from(atob(weights), (char) => char.charCodeAt(0));
+    this.tokenTexts = token_texts;
+    this.shown = token_texts.length;
+    this.numTokens = num_tokens;
+    this.layers = layers;
+    this.heads = heads;
+    this.data = new Float32Array(bytes.buffer);
   }
 
-  async show(model, given) {
-    const answer = await ask("/page/look/attention", { model, text: given });
-    const bytes = Uint8Array.from(atob(answer.weights), (sign) => sign.charCodeAt(0));
-    this.found = { ...answer, tokens: answer.pieces.length, weights: new Float32Array(bytes.buffer) };
-    [this.layer, this.head, this.place] = this.mostTelling();
-    const { tokens, length } = this.found;
-    this.cut.textContent = tokens < length ? `The first ${number(tokens)} of ${number(length)} tokens: as far as the model looks back, or as a page can show.` : "";
-    this.text.set(answer.pieces);
-    this.repaint();
+  /** Return the weight from query i to key j. */
+  at(layer, head, i, j) {
+    return this.data[((layer * this.heads + head) * this.shown + i) * this.shown + j];
   }
 
-  repaint() {
-    this.drawMaps();
-    this.paint();
-  }
-
-  /** The share that token i takes from token j, of the head or layer that is shown. */
-  weight(i, j) {
-    const { heads, tokens, weights } = this.found;
-    const at = (head) => weights[((this.layer * heads + head) * tokens + i) * tokens + j];
-    if (this.how === "one") return at(this.head);
+  meanOverHeads(layer, i, j) {
     let sum = 0;
-    for (let head = 0; head < heads; head++) sum += at(head);
-    return sum / heads;
+    for (let head = 0; head < this.heads; head += 1) sum += this.at(layer, head, i, j);
+    return sum / this.heads;
   }
 
-  /** Where to begin: the head that looks most decidedly at something farther back, and the character at which it does. */
-  mostTelling() {
-    const { layers, heads, tokens, weights } = this.found;
-    let best = [0, 0, tokens - 1];
-    let most = 0;
-    for (let k = 0; k < layers * heads; k++) {
-      let [sum, strongest, place] = [0, 0, tokens - 1];
-      for (let i = NEAR; i < tokens; i++) {
-        const row = weights.subarray((k * tokens + i) * tokens, (k * tokens + i) * tokens + i - NEAR + 1);
-        const share = Math.max(...row);
-        sum += share;
-        if (share > strongest) [strongest, place] = [share, i];
+  /**
+   * Return the head that attends most decisively to distant tokens, and the token at which it does.
+   * @returns {{layer: number, head: number, token: number}}
+   */
+  mostInformativeHead() {
+    let best = { layer: 0, head: 0, token: this.shown - 1 };
+    let maxSum = 0;
+    for (let layer = 0; layer < this.layers; layer += 1) {
+      for (let head = 0; head < this.heads; head += 1) {
+        const { sum, token } = this.distantAttention(layer, head);
+        if (sum > maxSum) {
+          maxSum = sum;
+          best = { layer, head, token };
+        }
       }
-      if (sum > most) [most, best] = [sum, [Math.floor(k / heads), k % heads, place]];
     }
     return best;
   }
 
-  /** The small maps: layers from top to bottom and heads from left to right, or the other way round where there are more layers. */
-  drawMaps() {
-    const { layers, heads, tokens, weights } = this.found;
-    const across = heads < layers;
-    for (const [name, value] of [["columns", across ? layers : heads], ["rows", across ? heads : layers], ["flow", across ? "column" : "row"]]) {  // prettier-ignore
-      this.maps.style.setProperty(`--${name}`, value);
+  distantAttention(layer, head) {
+    let sum = 0;
+    let max = 0;
+    let token = this.shown - 1;
+    const offset = (layer * this.heads + head) * this.shown;
+    for (let i = MIN_DISTANCE; i < this.shown; i += 1) {
+      const row = (offset + i) * this.shown;
+      const weight = Math.max(...this.data.subarray(row, row + i - MIN_DISTANCE + 1));
+      sum += weight;
+      if (weight > max) {
+        max = weight;
+        token = i;
+      }
     }
-    const buttons = Array.from({ length: layers * heads }, (_, k) => {
-      const [layer, head] = [Math.floor(k / heads), k % heads];
-      const canvas = el("canvas", {});
-      drawMap(canvas, tokens, (i, j) => weights[(k * tokens + i) * tokens + j], 96);
-      const pick = () => (([this.layer, this.head] = [layer, head]), this.average.firstChild.click());
-      return el("button", { type: "button", role: "radio", onclick: pick, "aria-label": `Layer ${layer}, head ${head}` }, canvas, el("span", { className: "quiet" }, `${layer}.${head}`));
+    return { sum, token };
+  }
+}
+
+/** The view of Inspect. */
+export class AttentionView {
+  constructor() {
+    const { node, refs } = fromTemplate("attention-view");
+    this.node = node;
+    this.refs = refs;
+    this.weights = null;
+    this.layer = 0;
+    this.head = 0;
+    this.token = 0; // the query whose attention is shown
+    this.mode = "head";
+    this.arcs = svg("svg", { class: "arcs", "aria-hidden": "true" });
+    this.text = new TokenText("The text; choose a token to see what it attends to", {
+      onpick: (i) => this.selectToken(i),
+      describe: (i) => this.describeToken(i),
     });
-    this.maps.replaceChildren(...buttons);
+    refs.stage.append(this.text.node, this.arcs);
+    const modes = [
+      ["head", "One head"],
+      ["layer", "Mean of the layer"],
+    ];
+    this.modeControl = new SegmentedControl("Heads", modes, this.mode, (mode) => {
+      this.mode = mode;
+      this.render();
+    });
+    refs.toolbar.append(this.modeControl.node);
+    this.addListeners();
   }
 
-  /** Go to the map beside, above or below. */
-  key(event) {
-    const { layers, heads } = this.found;
-    const [right, down] = heads < layers ? [heads, 1] : [1, heads];
-    const step = { ArrowRight: right, ArrowLeft: -right, ArrowDown: down, ArrowUp: -down }[event.key];
-    const next = step && this.maps.children[[...this.maps.children].indexOf(document.activeElement) + step];
+  addListeners() {
+    const { maps, map } = this.refs;
+    maps.addEventListener("keydown", (event) => this.handleMapKey(event));
+    map.addEventListener("pointermove", (event) => this.describeCell(event));
+    map.addEventListener("click", (event) => this.selectToken(this.tokenAt(event.offsetY)));
+    map.addEventListener("keydown", (event) => {
+      const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      this.selectToken(this.token + step);
+    });
+    addEventListener("resize", () => {
+      if (this.node.isConnected && this.weights) this.selectToken(this.token);
+    });
+  }
+
+  async update(model, text) {
+    const answer = await fetchJson("/page/inspect/attention", { model, text });
+    this.weights = new AttentionWeights(answer);
+    const { layer, head, token } = this.weights.mostInformativeHead();
+    this.layer = layer;
+    this.head = head;
+    this.token = token;
+    const { shown, numTokens, tokenTexts } = this.weights;
+    this.refs.truncated.textContent =
+      shown < numTokens
+        ? `The first ${formatNumber(shown)} of ${formatNumber(numTokens)} tokens.`
+        : "";
+    this.text.set(tokenTexts);
+    this.repaint();
+  }
+
+  repaint() {
+    this.drawSmallMaps();
+    this.render();
+  }
+
+  /** Return the weight from query i to key j, of the head or layer that is shown. */
+  weight(i, j) {
+    if (this.mode === "layer") return this.weights.meanOverHeads(this.layer, i, j);
+    return this.weights.at(this.layer, this.head, i, j);
+  }
+
+  /** Draw one map per head; the longer of layers and heads runs from left to right. */
+  drawSmallMaps() {
+    const { layers, heads, shown } = this.weights;
+    const layersAcross = heads < layers;
+    const grid = {
+      "--columns": layersAcross ? layers : heads,
+      "--rows": layersAcross ? heads : layers,
+      "--flow": layersAcross ? "column" : "row",
+    };
+    for (const [name, value] of Object.entries(grid)) {
+      this.refs.maps.style.setProperty(name, value);
+    }
+    const buttons = Array.from({ length: layers * heads }, (_, k) => {
+      const layer = Math.floor(k / heads);
+      const head = k % heads;
+      const canvas = el("canvas");
+      drawMap(canvas, shown, (i, j) => this.weights.at(layer, head, i, j), SMALL_MAP);
+      const properties = {
+        type: "button",
+        role: "radio",
+        onclick: () => this.selectHead(layer, head),
+        "aria-label": `Layer ${layer}, head ${head}`,
+      };
+      const caption = el("span", { className: "text-muted" }, `${layer}.${head}`);
+      return el("button", properties, canvas, caption);
+    });
+    this.refs.maps.replaceChildren(...buttons);
+  }
+
+  selectHead(layer, head) {
+    this.layer = layer;
+    this.head = head;
+    this.modeControl.choose("head");
+  }
+
+  handleMapKey(event) {
+    const { layers, heads } = this.weights;
+    const right = heads < layers ? heads : 1;
+    const down = heads < layers ? 1 : heads;
+    const steps = { ArrowRight: right, ArrowLeft: -right, ArrowDown: down, ArrowUp: -down };
+    const step = steps[event.key];
+    const buttons = [...this.refs.maps.children];
+    const next = step && buttons[buttons.indexOf(document.activeElement) + step];
     if (!next) return;
     event.preventDefault();
     next.focus();
     next.click();
   }
 
-  /** Show the head or layer that was chosen. */
-  paint() {
-    const { heads, tokens } = this.found;
-    [...this.maps.children].forEach((button, k) => {
-      const [layer, head] = [Math.floor(k / heads), k % heads];
-      button.setAttribute("aria-checked", layer === this.layer && (this.how === "layer" || head === this.head));
-      button.tabIndex = layer === this.layer && head === this.head ? 0 : -1;
+  /** Show the selected head or layer. */
+  render() {
+    const { heads, shown } = this.weights;
+    const isLayer = this.mode === "layer";
+    [...this.refs.maps.children].forEach((button, k) => {
+      const isInLayer = Math.floor(k / heads) === this.layer;
+      const isHead = isInLayer && k % heads === this.head;
+      button.setAttribute("aria-checked", isLayer ? isInLayer : isHead);
+      button.tabIndex = isHead ? 0 : -1;
     });
-    this.title.textContent = this.how === "one" ? `Layer ${this.layer}, head ${this.head}` : `Layer ${this.layer}, mean of ${heads} heads`;
-    this.large.setAttribute("aria-label", `Attention map of ${this.title.textContent}`);
-    drawMap(this.large, tokens, (i, j) => this.weight(i, j), 420);
-    this.point(this.place);
+    const part = isLayer ? `mean of ${heads} heads` : `head ${this.head}`;
+    this.refs.title.textContent = `Layer ${this.layer}, ${part}`;
+    this.refs.map.setAttribute("aria-label", `Attention map of layer ${this.layer}, ${part}`);
+    drawMap(this.refs.map, shown, (i, j) => this.weight(i, j), LARGE_MAP);
+    this.selectToken(this.token);
   }
 
-  /** Shade the text by what a character takes, and draw the strongest as arcs. */
-  point(place) {
-    const { pieces } = this.found;
-    if (!(place in pieces)) return;
-    this.place = place;
-    const shares = pieces.map((_, j) => (j <= place ? this.weight(place, j) : 0));
-    const most = Math.max(...shares);
-    this.text.shade(shares.map((share) => share / most));
-    this.text.choose(place);
-    const strongest = shares.map((share, j) => [share, j]).filter(([share]) => share >= FAINT).sort((a, b) => b[0] - a[0]).slice(0, ARCS);
-    this.drawArcs(strongest);
-    const words = strongest.slice(0, 3).map(([share, j]) => `${percent(share)} to ${j === place ? "itself" : `“${nameOf(pieces[j])}”, ${place - j} back`}`);
-    this.reading.textContent = `“${nameOf(pieces[place])}” attends: ${words.join("; ") || "everywhere a little"}.`;
+  /** Shade the text by the attention of one query, and draw its largest weights as arcs. */
+  selectToken(token) {
+    const { tokenTexts } = this.weights;
+    if (!(token in tokenTexts)) return;
+    this.token = token;
+    const weights = tokenTexts.map((_, j) => (j <= token ? this.weight(token, j) : 0));
+    const max = Math.max(...weights);
+    this.text.shade(weights.map((weight) => weight / max));
+    this.text.select(token);
+    const largest = weights
+      .map((weight, j) => ({ weight, j }))
+      .filter(({ weight }) => weight >= MIN_WEIGHT)
+      .sort((a, b) => b.weight - a.weight)
+      .slice(0, MAX_ARCS);
+    this.drawArcs(largest);
+    const words = largest.slice(0, 3).map(({ weight, j }) => {
+      const label = `“${tokenLabel(tokenTexts[j])}”, ${token - j} back`;
+      const target = j === token ? "itself" : label;
+      return `${formatPercent(weight)} to ${target}`;
+    });
+    const list = words.join("; ") || `at most ${formatPercent(max)} to any token`;
+    this.refs.reading.textContent = `“${tokenLabel(tokenTexts[token])}” attends: ${list}.`;
   }
 
-  drawArcs(strongest) {
-    const frame = this.stage.getBoundingClientRect();
-    const middle = (i) => {
-      const box = this.text.spans[i].getClientRects()[0] ?? this.text.spans[i].getBoundingClientRect();
-      return [box.left + box.width / 2 - frame.left, box.top - frame.top + 3];
+  describeToken(i) {
+    if (i > this.token) return "a later token";
+    return `${formatPercent(this.weight(this.token, i))} of the attention`;
+  }
+
+  drawArcs(targets) {
+    const frame = this.refs.stage.getBoundingClientRect();
+    const center = (i) => {
+      const span = this.text.spans[i];
+      const box = span.getClientRects()[0] ?? span.getBoundingClientRect();
+      return { x: box.left + box.width / 2 - frame.left, y: box.top - frame.top + 3 };
     };
     this.arcs.setAttribute("viewBox", `0 0 ${frame.width} ${frame.height}`);
-    const [x, y] = middle(this.place);
-    const paths = strongest.filter(([, j]) => j !== this.place).map(([share, j]) => {
-      const [u, v] = middle(j);
-      const height = Math.min(y, v) - Math.min(60, 14 + Math.abs(x - u) / 5);
-      return svg("path", { d: `M${x},${y} C${x},${height} ${u},${height} ${u},${v}`, "stroke-width": 1 + 4 * share, "stroke-opacity": 0.25 + 0.75 * Math.sqrt(share) });
-    });  // prettier-ignore
+    const from = center(this.token);
+    const others = targets.filter(({ j }) => j !== this.token);
+    const paths = others.map(({ weight, j }) => arc(from, center(j), weight));
     this.arcs.replaceChildren(...paths);
   }
 
   tokenAt(offset) {
-    return Math.floor((offset / this.large.clientWidth) * this.found.tokens);
+    return Math.floor((offset / this.refs.map.clientWidth) * this.weights.shown);
   }
 
-  /** Say what stands under the pointer on the large map. */
-  hover(event) {
-    const [i, j] = [this.tokenAt(event.offsetY), this.tokenAt(event.offsetX)];
-    const { pieces } = this.found;
-    if (!(i in pieces) || !(j in pieces) || j > i) return;
-    this.reading.textContent = `“${nameOf(pieces[i])}” takes ${percent(this.weight(i, j))} from “${nameOf(pieces[j])}”, ${i - j} back.`;
+  /** Describe the cell of the large map under the pointer. */
+  describeCell(event) {
+    const { tokenTexts } = this.weights;
+    const i = this.tokenAt(event.offsetY);
+    const j = this.tokenAt(event.offsetX);
+    if (!(i in tokenTexts) || !(j in tokenTexts) || j > i) return;
+    const query = tokenLabel(tokenTexts[i]);
+    const key = tokenLabel(tokenTexts[j]);
+    const weight = formatPercent(this.weight(i, j));
+    const text = `“${query}” attends ${weight} to “${key}”, ${i - j} back.`;
+    this.refs.reading.textContent = text;
   }
 }
 
-/** A square map of weights, as many points wide as there are tokens, or `most` where there are more: each then stands for the strongest of its neighbours. */
-function drawMap(canvas, tokens, weight, most) {
-  const size = Math.min(tokens, most);
-  canvas.width = canvas.height = size;
-  const context = canvas.getContext("2d");
-  const image = context.createImageData(size, size);
-  const [red, green, blue] = rgb(getComputedStyle(document.documentElement).getPropertyValue("--accent").trim());
-  const strongest = new Float32Array(size * size);
-  for (let i = 0; i < tokens; i++) {
-    for (let j = 0; j <= i; j++) {
-      const at = Math.floor((i * size) / tokens) * size + Math.floor((j * size) / tokens);
-      strongest[at] = Math.max(strongest[at], weight(i, j));
+function arc(from, to, weight) {
+  const height = Math.min(from.y, to.y) - Math.min(60, 14 + Math.abs(from.x - to.x) / 5);
+  return svg("path", {
+    d: `M${from.x},${from.y} C${from.x},${height} ${to.x},${height} ${to.x},${to.y}`,
+    "stroke-width": 1 + 4 * weight,
+    "stroke-opacity": 0.25 + 0.75 * Math.sqrt(weight),
+  });
+}
+
+/**
+ * Draw a square map of weights. With more than `maxSize` tokens, a pixel is the maximum of several.
+ * @param {HTMLCanvasElement} canvas
+ * @param {number} numTokens
+ * @param {(i: number, j: number) => number} weight
+ * @param {number} maxSize in pixels
+ */
+function drawMap(canvas, numTokens, weight, maxSize) {
+  const size = Math.min(numTokens, maxSize);
+  canvas.width = size;
+  canvas.height = size;
+  const maxima = new Float32Array(size * size);
+  for (let i = 0; i < numTokens; i += 1) {
+    const row = Math.floor((i * size) / numTokens) * size;
+    for (let j = 0; j <= i; j += 1) {
+      const pixel = row + Math.floor((j * size) / numTokens);
+      maxima[pixel] = Math.max(maxima[pixel], weight(i, j));
     }
   }
-  strongest.forEach((share, at) => image.data.set([red, green, blue, Math.round(255 * Math.sqrt(share))], 4 * at));
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(size, size);
+  const style = getComputedStyle(document.documentElement);
+  const accent = parseHexColour(style.getPropertyValue("--accent").trim());
+  maxima.forEach((value, pixel) => {
+    image.data.set([...accent, Math.round(255 * Math.sqrt(value))], 4 * pixel);
+  });
   context.putImageData(image, 0, 0);
 }
 
-function rgb(hex) {
-  return [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+function parseHexColour(hex) {
+  return [1, 3, 5].map((start) => parseInt(hex.slice(start, start + 2), 16));
 }

@@ -1,6 +1,11 @@
-// Elements, numbers and words, as every tab needs them. Text from outside only ever becomes text nodes and attributes, never HTML.
+// Elements. Text from outside only becomes text nodes and attributes, never HTML.
 
-/** An element with properties or attributes, event listeners (`onclick`) and children; strings become text. */
+/**
+ * Create an element. Properties that start with "on" are event listeners; strings become text.
+ * @param {string} tag
+ * @param {object} [properties] properties, attributes and listeners
+ * @param {...(Node|string)} children
+ */
 export function el(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -12,94 +17,140 @@ export function el(tag, properties = {}, ...children) {
   return node;
 }
 
-/** An element of SVG with attributes. */
-export function svg(tag, attributes = {}, ...children) {
+/**
+ * Create an SVG element.
+ * @param {string} tag
+ * @param {object} [attributes]
+ */
+export function svg(tag, attributes = {}) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
   return node;
 }
 
-/** A number for a person: with so many digits behind the point, or a dash where it is not known. */
-export function number(value, digits = 0) {
-  if (value === null || value === undefined || !Number.isFinite(value)) return "–";
-  return value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+/**
+ * Instantiate a <template> of index.html.
+ * @param {string} id
+ * @returns {{node: HTMLElement, refs: Object<string, HTMLElement>}} the element, and those with
+ *   data-ref by that name
+ */
+export function fromTemplate(id) {
+  const node = document.getElementById(id).content.firstElementChild.cloneNode(true);
+  const refs = {};
+  for (const ref of node.querySelectorAll("[data-ref]")) refs[ref.dataset.ref] = ref;
+  return { node, refs };
 }
 
-/** A share as per cent: small ones with a digit behind the point. */
-export function percent(share) {
-  return `${number(100 * share, share < 0.0995 && share > 0 ? 1 : 0)} %`;
-}
-
-/** Seconds as a person says them. */
-export function duration(seconds) {
-  if (!Number.isFinite(seconds)) return "–";
-  const whole = Math.round(seconds);
-  const [hours, minutes] = [Math.floor(whole / 3600), Math.floor((whole % 3600) / 60)];
-  return hours ? `${hours} h ${minutes} min` : minutes ? `${minutes} min ${whole % 60} s` : `${whole} s`;
-}
-
-const SIGNS = { "\n": "new line", "\t": "tab", "\r": "carriage return", " ": "space", "\u00a0": "no-break space", "": "part of a character" };
-
-/** What a token is called in a list: its text, or the name of what cannot be seen. */
-export function nameOf(text) {
-  return SIGNS[text] ?? (text.trim() === "" ? [...text].map((sign) => SIGNS[sign] ?? "blank").join(", ") : text.replaceAll("\n", "↵"));
-}
-
-/** Tell a screen reader something that changed elsewhere. */
+/**
+ * Announce a change to screen readers.
+ * @param {string} message
+ */
 export function announce(message) {
   document.getElementById("live").textContent = message;
 }
 
-const SOON = 800; // milliseconds in which most models answer
+const SPINNER_DELAY = 800; // ms; most answers are faster
 
-/** What the work gives; where that takes a while, `node` says meanwhile what is waited for. */
-export async function waitingFor(work, node) {
-  const wait = setTimeout(() => (node.textContent = "The model is being made ready; the first time, that may take half a minute …"), SOON);
+/**
+ * Await work; if it takes long, say so in `status` meanwhile.
+ * @template T
+ * @param {Promise<T>} work
+ * @param {HTMLElement} status
+ * @returns {Promise<T>}
+ */
+export async function withSpinner(work, status) {
+  const timer = setTimeout(() => {
+    status.textContent = "Loading the model (up to 30 s the first time) …";
+  }, SPINNER_DELAY);
   try {
     return await work;
   } finally {
-    clearTimeout(wait);
-    node.textContent = "";
+    clearTimeout(timer);
+    status.textContent = "";
   }
 }
 
-/** A sentence that says what went wrong, in place of a result. */
-export function failure(error) {
+/**
+ * Create a notice with an error's message.
+ * @param {Error} error
+ */
+export function errorNotice(error) {
   return el("p", { className: "notice", role: "alert" }, error.message);
 }
 
-/** One of several, as a row of buttons: `choices` are pairs of a value and its label. */
-export function choice(label, choices, value, onchange) {
-  const group = el("div", { className: "segments", role: "radiogroup", "aria-label": label });
-  const buttons = choices.map(([key, text]) => el("button", { type: "button", role: "radio", onclick: () => choose(key) }, text));
-  function choose(key, quietly = false) {
-    choices.forEach(([other], i) => {
-      buttons[i].setAttribute("aria-checked", other === key);
-      buttons[i].tabIndex = other === key ? 0 : -1;
-    });
-    if (!quietly) onchange(key);
-  }
-  group.addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
-    if (!step) return;
-    event.preventDefault();
-    const next = (buttons.indexOf(event.target) + step + buttons.length) % buttons.length;
-    buttons[next].focus();
-    choose(choices[next][0]);
+/**
+ * Submit a form on Ctrl + Enter in its text area.
+ * @param {HTMLTextAreaElement} box
+ * @param {HTMLFormElement} form
+ */
+export function submitOnCtrlEnter(box, form) {
+  box.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
   });
-  group.append(...buttons);
-  choose(value, true);
-  return group;
 }
 
-/** A switch with a label behind it. */
+/** A row of buttons of which one is chosen. */
+export class SegmentedControl {
+  /**
+   * @param {string} label
+   * @param {[any, string][]} choices values with their labels
+   * @param {any} value
+   * @param {(value: any) => void} onchange
+   */
+  constructor(label, choices, value, onchange) {
+    this.choices = choices;
+    this.onchange = onchange;
+    this.node = el("div", { className: "segments", role: "radiogroup", "aria-label": label });
+    this.buttons = choices.map(([key, text]) => {
+      const onclick = () => this.choose(key);
+      return el("button", { type: "button", role: "radio", onclick }, text);
+    });
+    this.node.addEventListener("keydown", (event) => this.handleKey(event));
+    this.node.append(...this.buttons);
+    this.mark(value);
+  }
+
+  choose(value) {
+    this.mark(value);
+    this.onchange(value);
+  }
+
+  mark(value) {
+    this.choices.forEach(([key], i) => {
+      this.buttons[i].setAttribute("aria-checked", key === value);
+      this.buttons[i].tabIndex = key === value ? 0 : -1;
+    });
+  }
+
+  handleKey(event) {
+    const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
+    const step = steps[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const count = this.buttons.length;
+    const next = (this.buttons.indexOf(event.target) + step + count) % count;
+    this.buttons[next].focus();
+    this.choose(this.choices[next][0]);
+  }
+}
+
+/**
+ * Create a labelled checkbox.
+ * @param {string} label
+ * @param {boolean} checked
+ * @param {(checked: boolean) => void} onchange
+ */
 export function toggle(label, checked, onchange) {
   const box = el("input", { type: "checkbox", checked, onchange: () => onchange(box.checked) });
   return el("label", { className: "switch" }, box, label);
 }
 
-/** A number and what it is, below each other. */
-export function fact(label, value, unit = "") {
-  return el("div", { className: "fact" }, el("dt", {}, label), el("dd", {}, value, unit ? el("span", { className: "unit" }, ` ${unit}`) : ""));
+/**
+ * Create an entry of a <dl class="facts">: a label above a value with its unit.
+ * @param {string} label
+ * @param {string} value
+ */
+export function statistic(label, value, unit = "") {
+  const suffix = unit ? el("span", { className: "unit" }, ` ${unit}`) : "";
+  return el("div", { className: "fact" }, el("dt", {}, label), el("dd", {}, value, suffix));
 }

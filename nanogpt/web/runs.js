@@ -1,213 +1,324 @@
-// Runs: which there are, their curves while they grow, and what each wrote on the way.
+// Runs: a list, their curves while they train, and their samples.
 
-import { choice, duration, el, fact, failure, number, percent, toggle } from "./dom.js";
-import { ask } from "./api.js";
-import { AXES, BASELINES, Chart, column, losses } from "./curves.js";
-import { Log } from "./logs.js";
+import { fetchJson } from "./api.js";
+import { AXES, Chart, columnTraces, lossTraces } from "./charts.js";
+import { el, errorNotice, fromTemplate, SegmentedControl, statistic, toggle } from "./dom.js";
+import { formatDuration, formatNumber, formatPercent } from "./format.js";
+import { RunLog } from "./run_log.js";
 
-const EVERY = 1000; // milliseconds
-const COLOURS = ["--run-1", "--run-2", "--run-3", "--run-4", "--run-5", "--run-6", "--run-7", "--run-8"];
-const STATES = { finished: "finished", training: "training now", stopped: "stopped" };
+const NUM_COLOURS = 8; // --run-1 to --run-8 in palette.css
+const STATES = { finished: "finished", training: "training", stopped: "stopped" };
 
-/** Fill the panel; gives what to do when it is shown and hidden. The run that is looked at is also the model to write with. */
-export function runsTab(panel, model) {
-  const view = { shown: false, runs: [], chosen: new Map(), focus: "", options: { axis: "step", bits: true, logX: false, logY: false } };
-  const list = el("ul", { className: "run-list", "aria-label": "Runs" });
-  const empty = noRuns();
-  const header = el("header", { className: "run-header" });
-  const charts = makeCharts(view);
-  const samples = makeSamples();
-  const body = el("div", { className: "run-body" }, header, charts.node, samples.node);
-  const layout = el("div", { className: "runs-layout", hidden: true }, el("aside", { className: "panel" }, el("h2", {}, "Runs"), list), body);
-  panel.append(empty, layout);
+/** The tab. The run selected last is also the model of the other tabs. */
+export class RunsTab {
+  constructor(panel, model) {
+    this.panel = panel;
+    this.model = model;
+    this.infos = [];
+    /** @type {Map<string, RunLog>} the runs in the charts */
+    this.selected = new Map();
+    this.focused = "";
+    this.isBusy = false;
+    this.needsUpdate = false;
+    this.needsRedraw = true;
+    this.empty = fromTemplate("no-runs").node;
+    const { node, refs } = fromTemplate("runs-layout");
+    this.layout = node;
+    this.empty.hidden = true;
+    this.layout.hidden = true;
+    this.list = new RunList(refs.list, (name) => this.toggleRun(name));
+    this.header = new RunHeader();
+    this.charts = new RunCharts(() => this.drawCharts());
+    this.samples = new SampleViewer();
+    refs.body.append(this.header.node, this.charts.node, this.samples.node);
+    panel.append(this.empty, this.layout);
+    const darkMode = matchMedia("(prefers-color-scheme: dark)");
+    darkMode.addEventListener("change", () => this.redraw());
+    document.addEventListener("visibilitychange", () => this.update());
+  }
 
-  async function refresh() {
-    view.runs = await ask("/page/runs");
-    empty.hidden = view.runs.length > 0;
-    layout.hidden = !empty.hidden;
-    if (!view.runs.length) return;
-    if (!view.focus) choose(view.runs.find((run) => run.state === "training")?.name ?? view.runs[0].name, true);
-    fillList(list, view, choose);
-    fillHeader(header, view.runs.find((run) => run.name === view.focus));
-    let changed = view.redraw;
-    for (const [name, log] of view.chosen) {
-      const about = view.runs.find((run) => run.name === name);
-      if (!about) changed = view.chosen.delete(name);
-      else changed = (await log.refresh()) || changed;
+  show() {
+    this.redraw();
+  }
+
+  redraw() {
+    this.needsRedraw = true;
+    this.update();
+  }
+
+  /** Read what has changed and show it. A call during an update leads to another one. */
+  async update() {
+    if (this.panel.hidden || document.hidden) return;
+    this.needsUpdate = true;
+    if (this.isBusy) return;
+    this.isBusy = true;
+    while (this.needsUpdate) {
+      this.needsUpdate = false;
+      try {
+        await this.refresh();
+        this.panel.querySelector(":scope > .notice")?.remove();
+      } catch (error) {
+        const isBlank = this.empty.hidden && this.layout.hidden;
+        if (isBlank) this.panel.replaceChildren(errorNotice(error), this.empty, this.layout);
+      }
     }
-    if (changed) {
-      view.redraw = false;
-      charts.draw();
-      samples.fill(view.chosen.get(view.focus), view.runs.find((run) => run.name === view.focus));
+    this.isBusy = false;
+  }
+
+  async refresh() {
+    this.infos = await fetchJson("/page/runs");
+    this.empty.hidden = this.infos.length > 0;
+    this.layout.hidden = !this.infos.length;
+    if (!this.infos.length) return;
+    if (!this.focused) {
+      const training = this.infos.find((info) => info.state === "training");
+      this.select((training ?? this.infos[0]).name);
     }
-  }
-
-  /** Show a run's curves, or no longer; the run chosen last is the one that the words are about. */
-  function choose(name, on) {
-    if (on) view.chosen.set(name, view.chosen.get(name) ?? new Log(name));
-    else view.chosen.delete(name);
-    view.focus = on ? name : [...view.chosen.keys()].at(-1) ?? "";
-    if (on) model.choose(name);
-    view.redraw = true;
-    if (view.shown) tick();
-  }
-
-  let busy = false;
-  async function tick() {
-    if (!view.shown || busy || document.hidden) return;
-    busy = true;
-    let more = false;
-    try {
-      await refresh();
-      more = (view.redraw && view.chosen.size) || [...view.chosen.values()].some((log) => log.behind);
-      panel.querySelector(":scope > .notice")?.remove();
-    } catch (error) {
-      if (empty.hidden && layout.hidden) panel.replaceChildren(failure(error), empty, layout);
-    } finally {
-      busy = false;
+    this.list.update(this.infos, this.selected, this.focused);
+    this.header.update(this.info(this.focused));
+    if ((await this.readLogs()) || this.needsRedraw) {
+      this.needsRedraw = false;
+      this.drawCharts();
+      this.samples.update(this.selected.get(this.focused), this.focused);
     }
-    if (more) setTimeout(tick);
+    this.needsUpdate ||= [...this.selected.values()].some((log) => log.hasMore);
   }
-  setInterval(tick, EVERY);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => ((view.redraw = true), tick()));
-  return { show: () => ((view.shown = view.redraw = true), tick()), hide: () => (view.shown = false) };
-}
 
-/** What stands there while there is no run. */
-function noRuns() {
-  const [title, words] = [el("h2", {}, "No runs yet"), el("p", {}, "Train a model on a text of yours; it will appear here and you can watch it learn:")];
-  return el("div", { className: "empty", hidden: true }, title, words, el("pre", {}, "nanogpt train book.txt --open"));
-}
-
-/** The colour of a run: the same as long as it is in the list. */
-function colourOf(view, name) {
-  view.colours ??= new Map();
-  if (!view.colours.has(name)) view.colours.set(name, COLOURS[view.colours.size % COLOURS.length]);
-  return view.colours.get(name);
-}
-
-function fillList(list, view, choose) {
-  const rows = new Map([...list.children].map((row) => [row.dataset.name, row]));
-  const fresh = view.runs.map((run) => {
-    const row = rows.get(run.name) ?? makeRow(run.name, view, choose);
-    const on = view.chosen.has(run.name);
-    row.firstChild.setAttribute("aria-pressed", on);
-    row.firstChild.classList.toggle("focus", run.name === view.focus);
-    const quality = run.bits_per_byte ? `${number(run.bits_per_byte, 3)} bits per byte` : "not measured yet";
-    const state = run.state === "training" && run.progress ? `${STATES.training}, ${percent(run.progress)}` : STATES[run.state];
-    row.querySelector(".run-facts").textContent = `${quality} · ${state}`;
-    row.firstChild.classList.toggle("going", run.state === "training");
-    return row;
-  });
-  if (fresh.some((row, i) => list.children[i] !== row) || list.children.length !== fresh.length) list.replaceChildren(...fresh);
-}
-
-function makeRow(name, view, choose) {
-  const swatch = el("span", { className: "swatch" });
-  swatch.style.setProperty("--swatch", `var(${colourOf(view, name)})`);
-  const toggleRun = () => choose(name, !view.chosen.has(name));
-  const row = el("li", {}, el("button", { type: "button", onclick: toggleRun }, swatch, el("span", { className: "run-name" }, name), el("span", { className: "run-facts" })));
-  row.dataset.name = name;
-  return row;
-}
-
-function fillHeader(header, run) {
-  const key = JSON.stringify(run ?? null);
-  if (header.dataset.key === key) return;
-  header.dataset.key = key;
-  if (!run) {
-    header.replaceChildren(el("p", { className: "quiet" }, "Choose a run to see how it learned."));
-    return;
+  async readLogs() {
+    let hasChanged = false;
+    for (const [name, log] of this.selected) {
+      if (!this.info(name)) {
+        hasChanged = this.selected.delete(name);
+      } else if (await log.refresh()) {
+        hasChanged = true;
+      }
+    }
+    return hasChanged;
   }
-  const { settings } = run;
-  const shape = settings.n_layer ? `${settings.arch}, ${settings.n_layer} layers, ${settings.n_head} heads, ${settings.n_embd} wide, context ${settings.context_length}` : "";
-  const text = run.text.sources.length ? `${run.text.sources.slice(0, 3).join(", ")}, ${number(run.text.bytes)} bytes` : "";
-  const left = run.state === "training" && run.progress ? duration((run.seconds / run.progress) * (1 - run.progress)) : "";
-  header.replaceChildren(
-    el("h2", {}, run.name),
-    el("p", { className: "quiet" }, [text, shape].filter(Boolean).join(" · ")),
-    el("p", { className: "verdict" }, verdictOf(run)),
-    el("dl", { className: "facts" },
-      fact("Held-out text", number(run.bits_per_byte, 3), "bits per byte"),
-      fact("Validation loss", number(run.val_loss, 3), "nats per token"),
-      fact("Step", run.steps && run.state !== "finished" ? `${number(run.step)} of ${number(run.steps)}` : number(run.step)),
-      fact("Speed", number(run.tokens_per_second), "tokens/s"),
-      fact(left ? "Time left" : "Time", left || duration(run.seconds))),
-  );  // prettier-ignore
-}
 
-/** The verdict in words; before there is one, what to expect. */
-function verdictOf(run) {
-  if (run.verdict && run.state === "finished") return run.verdict.sentence;
-  if (run.val_loss === null) return "No evaluation yet: the first one measures the model on text that it does not learn from.";
-  const nats = Object.entries(run.baselines).filter(([, loss]) => run.val_loss < loss).sort((a, b) => a[1] - b[1])[0];
-  const so = nats ? `So far it predicts held-out text better than ${BASELINES[nats[0]]}.` : "So far it predicts held-out text no better than chance.";
-  return run.state === "training" ? so : `${so} It stopped before its end; to go on: nanogpt train --resume --out ${run.folder}`;
-}
+  info(name) {
+    return this.infos.find((info) => info.name === name);
+  }
 
-function makeCharts(view) {
-  const { options } = view;
-  const set = (name) => (value) => ((options[name] = value), draw());
-  const holder = (className) => el("div", { className, role: "img" });
-  const small = { learning_rate: ["Learning rate", ".3~g", ""], tokens_per_second: ["Speed, tokens/s", ",.0f", "tokens/s"], grad_norm: ["Gradient norm", ".3~g", ""] };
-  const main = new Chart(holder("chart large"), losses, () => `Loss in ${options.bits ? "bits per byte" : "nats per token"}`);
-  const others = Object.entries(small).map(([name, [title, digits, unit]]) => ({ title, chart: new Chart(holder("chart small"), column(name, digits, unit), title) }));
-  const title = el("h3", {});
-  const key = (kind, words) => el("span", {}, el("span", { className: `key-line ${kind}` }), words);
-  const explain = el("p", { className: "quiet key" }, key("thick", "held-out text"), key("", "training"), key("dotted", "counting alone, from chance to three signs in a row"),
-    el("span", {}, "Drag to zoom, double-click to go back."));  // prettier-ignore
-  const node = el("div", { className: "panel" },
-    el("div", { className: "toolbar" }, title,
-      choice("Unit of the loss", [[true, "Bits per byte"], [false, "Nats per token"]], options.bits, set("bits")),
-      choice("Horizontal axis", Object.entries(AXES).map(([key, label]) => [key, label.split(" ")[0].replace("seconds", "time")]), options.axis, set("axis")),
-      toggle("log x", options.logX, set("logX")), toggle("log y", options.logY, set("logY"))),
-    main.div, explain,
-    el("div", { className: "small-charts" }, ...others.map(({ title, chart }) => el("figure", {}, el("figcaption", {}, title), chart.div))));  // prettier-ignore
+  toggleRun(name) {
+    if (this.selected.has(name)) {
+      this.selected.delete(name);
+      this.focused = [...this.selected.keys()].at(-1) ?? "";
+    } else {
+      this.select(name);
+    }
+    this.redraw();
+  }
 
-  function draw() {
-    const style = getComputedStyle(document.documentElement);
-    const runs = [...view.chosen].map(([name, log]) => {
-      return { log, colour: style.getPropertyValue(colourOf(view, name)).trim(), about: view.runs.find((run) => run.name === name) };
+  select(name) {
+    this.selected.set(name, new RunLog(name));
+    this.focused = name;
+    this.model.choose(name);
+    this.needsRedraw = true;
+  }
+
+  drawCharts() {
+    const runs = [...this.selected].map(([name, log]) => {
+      return { log, colour: this.list.colour(name), info: this.info(name) };
     });
-    title.textContent = "Loss";
-    main.draw(runs, { ...options });
-    for (const { chart } of others) chart.draw(runs, { ...options, logY: false });
+    this.charts.draw(runs.filter((run) => run.info));
   }
-  return { node, draw };
 }
 
-/** Samples over time: a slider from gibberish to text. */
-function makeSamples() {
-  let samples = [];
-  let shown = null;
-  const slider = el("input", { type: "range", min: 0, max: 0, value: 0, "aria-label": "How far the training had come", oninput: show });
-  const where = el("p", { className: "quiet", "aria-live": "off" });
-  const text = el("div", { className: "text sample", role: "region", "aria-label": "Sample", tabIndex: 0 });
-  const none = el("p", { className: "quiet" }, "Nothing written yet. After each evaluation, the model writes a little from the same random numbers.");
-  const some = el("div", { className: "stack close", hidden: true }, el("div", { className: "slider" }, el("span", { className: "quiet" }, "early"), slider, el("span", { className: "quiet" }, "late")), where, text);
-  const node = el("div", { className: "panel" }, el("h3", {}, "What it wrote on the way"), none, some);
-  let losses = new Map();
+/** The list of runs; each keeps its colour while it is listed. */
+class RunList {
+  constructor(node, ontoggle) {
+    this.node = node;
+    this.ontoggle = ontoggle;
+    this.rows = new Map();
+  }
 
-  function show() {
-    const sample = samples[slider.value];
-    const loss = losses.get(sample.step);
-    const measured = loss ? `, ${number(loss, 3)} bits per byte` : "";
-    where.textContent = `After step ${number(sample.step)}${measured} · sample ${Number(slider.value) + 1} of ${samples.length}`;
-    slider.setAttribute("aria-valuetext", `step ${sample.step}${measured}`);
+  variable(name) {
+    const index = [...this.rows.keys()].indexOf(name);
+    return `--run-${(index % NUM_COLOURS) + 1}`;
+  }
+
+  colour(name) {
+    const style = getComputedStyle(document.documentElement);
+    return style.getPropertyValue(this.variable(name)).trim();
+  }
+
+  update(infos, selected, focused) {
+    const nodes = infos.map((info) => {
+      const { node, refs } = this.rows.get(info.name) ?? this.addRow(info.name);
+      const isTraining = info.state === "training";
+      refs.button.setAttribute("aria-pressed", selected.has(info.name));
+      refs.button.classList.toggle("is-focused", info.name === focused);
+      refs.button.classList.toggle("is-running", isTraining);
+      const quality = info.bits_per_byte
+        ? `${formatNumber(info.bits_per_byte, 3)} bits per byte`
+        : "not evaluated yet";
+      const progress =
+        isTraining && info.progress ? `, ${formatPercent(info.progress)}` : "";
+      refs.facts.textContent = `${quality} · ${STATES[info.state]}${progress}`;
+      return node;
+    });
+    const isSame =
+      nodes.length === this.node.children.length &&
+      nodes.every((node, i) => node === this.node.children[i]);
+    if (!isSame) this.node.replaceChildren(...nodes);
+  }
+
+  addRow(name) {
+    const row = fromTemplate("run-row");
+    this.rows.set(name, row);
+    row.refs.name.textContent = name;
+    row.refs.swatch.style.setProperty("--swatch", `var(${this.variable(name)})`);
+    row.refs.button.addEventListener("click", () => this.ontoggle(name));
+    return row;
+  }
+}
+
+/** The name, diagnosis and figures of one run. */
+class RunHeader {
+  constructor() {
+    this.node = el("header", { className: "run-header" });
+    this.key = null;
+  }
+
+  update(info) {
+    const key = JSON.stringify(info ?? null);
+    if (this.key === key) return;
+    this.key = key;
+    if (!info) {
+      const hint = "Select a run to see its curves.";
+      this.node.replaceChildren(el("p", { className: "text-muted" }, hint));
+      return;
+    }
+    this.node.replaceChildren(
+      el("h2", {}, info.name),
+      el("p", { className: "text-muted" }, describeRun(info)),
+      el("p", { className: "diagnosis" }, diagnosisText(info)),
+      el("dl", { className: "facts" }, ...runStatistics(info)),
+    );
+  }
+}
+
+function describeRun({ settings, text }) {
+  const parts = [];
+  if (text.sources.length) {
+    parts.push(`${text.sources.slice(0, 3).join(", ")}, ${formatNumber(text.bytes)} bytes`);
+  }
+  if (settings.n_layer) {
+    const { arch, n_layer, n_head, n_embd, context_length } = settings;
+    const shape = `${n_layer} layers, ${n_head} heads, width ${n_embd}`;
+    parts.push(`${arch}, ${shape}, context ${context_length}`);
+  }
+  return parts.join(" · ");
+}
+
+function runStatistics(info) {
+  const isTraining = info.state === "training" && info.progress;
+  const step =
+    info.steps && info.state !== "finished"
+      ? `${formatNumber(info.step)} of ${formatNumber(info.steps)}`
+      : formatNumber(info.step);
+  const secondsLeft = isTraining ? (info.seconds / info.progress) * (1 - info.progress) : null;
+  return [
+    statistic("Held-out text", formatNumber(info.bits_per_byte, 3), "bits per byte"),
+    statistic("Validation loss", formatNumber(info.val_loss, 3), "nats per token"),
+    statistic("Step", step),
+    statistic("Throughput", formatNumber(info.tokens_per_second), "tokens/s"),
+    isTraining
+      ? statistic("Time left", formatDuration(secondsLeft))
+      : statistic("Time", formatDuration(info.seconds)),
+  ];
+}
+
+/** Return the diagnosis of a finished run, else a comparison with the baselines. */
+function diagnosisText(info) {
+  if (info.diagnosis && info.state === "finished") return info.diagnosis.summary;
+  if (info.val_loss === null) return "Not evaluated yet.";
+  const beaten = Object.entries(info.baselines)
+    .filter(([, loss]) => info.val_loss < loss)
+    .sort((a, b) => a[1] - b[1]);
+  const comparison = beaten.length
+    ? `Validation loss is below the ${beaten[0][0]} baseline.`
+    : "Validation loss is above the uniform baseline.";
+  if (info.state === "training") return comparison;
+  return `${comparison} The run is not finished: nanogpt train --resume --out ${info.folder}`;
+}
+
+/** The charts of the selected runs, with the controls of their axes. */
+class RunCharts {
+  constructor(onchange) {
+    const { node, refs } = fromTemplate("run-charts");
+    this.node = node;
+    this.options = { axis: "step", bits: true, logX: false, logY: false };
+    const set = (name) => (value) => {
+      this.options = { ...this.options, [name]: value };
+      onchange();
+    };
+    const units = [
+      [true, "Bits per byte"],
+      [false, "Nats per token"],
+    ];
+    const axes = Object.keys(AXES).map((key) => [key, key === "seconds" ? "time" : `${key}`]);
+    refs.toolbar.append(
+      new SegmentedControl("Unit of the loss", units, true, set("bits")).node,
+      new SegmentedControl("Horizontal axis", axes, "step", set("axis")).node,
+      toggle("log x", false, set("logX")),
+      toggle("log y", false, set("logY")),
+    );
+    const lossTitle = ({ bits }) => `Loss in ${bits ? "bits per byte" : "nats per token"}`;
+    this.loss = new Chart(refs.loss, lossTraces, lossTitle);
+    const column = (name, digits, unit, title) => {
+      return new Chart(refs[name], columnTraces(name, digits, unit), () => title);
+    };
+    this.columns = [
+      column("learning_rate", ".3~g", "", "Learning rate"),
+      column("tokens_per_second", ",.0f", "tokens/s", "Throughput"),
+      column("grad_norm", ".3~g", "", "Gradient norm"),
+    ];
+  }
+
+  draw(runs) {
+    this.loss.draw(runs, this.options);
+    for (const chart of this.columns) chart.draw(runs, { ...this.options, logY: false });
+  }
+}
+
+/** The samples of one run, with a slider over the training steps. */
+class SampleViewer {
+  constructor() {
+    const { node, refs } = fromTemplate("run-samples");
+    this.node = node;
+    this.refs = refs;
+    this.samples = [];
+    this.bitsByStep = new Map();
+    this.name = null;
+    refs.slider.addEventListener("input", () => this.show());
+  }
+
+  update(log, name) {
+    const { slider, none, some } = this.refs;
+    const isAtEnd = this.name !== name || Number(slider.value) === this.samples.length - 1;
+    this.name = name;
+    this.samples = log?.samples ?? [];
+    this.bitsByStep = new Map(
+      (log?.evaluations ?? []).map(({ step, bits_per_byte }) => [step, bits_per_byte]),
+    );
+    none.hidden = this.samples.length > 0;
+    some.hidden = !this.samples.length;
+    if (!this.samples.length) return;
+    slider.max = this.samples.length - 1;
+    if (isAtEnd) slider.value = this.samples.length - 1;
+    this.show();
+  }
+
+  show() {
+    const { slider, caption, text } = this.refs;
+    const sample = this.samples[slider.value];
+    const bits = this.bitsByStep.get(sample.step);
+    const quality = bits ? `, ${formatNumber(bits, 3)} bits per byte` : "";
+    const number = `sample ${Number(slider.value) + 1} of ${this.samples.length}`;
+    caption.textContent = `After step ${formatNumber(sample.step)}${quality} · ${number}`;
+    slider.setAttribute("aria-valuetext", `step ${sample.step}${quality}`);
     text.textContent = sample.text;
   }
-
-  function fill(log, about) {
-    const atEnd = shown !== about?.name || Number(slider.value) === samples.length - 1;
-    shown = about?.name;
-    samples = log?.samples ?? [];
-    losses = new Map((log?.evaluations ?? []).map((evaluation) => [evaluation.step, evaluation.bits_per_byte]));
-    none.hidden = samples.length > 0;
-    some.hidden = !none.hidden;
-    if (!samples.length) return;
-    slider.max = samples.length - 1;
-    if (atEnd) slider.value = samples.length - 1;
-    show();
-  }
-  return { node, fill };
 }
