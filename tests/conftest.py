@@ -1,65 +1,65 @@
-"""What tests share: a cache of their own, tiny models, and a text that can be learned from."""
+"""Fixtures: a cache folder per test, tiny models, and a text that a model can learn."""
 
 import os
 import random
 import shutil
 import signal
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tiny tensors only lose by a second thread
+# Before torch is imported: a second thread only slows tiny tensors down.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
 import pytest
 import torch
 
 from nanogpt import checkpoint
-from nanogpt.config import MachineConfig, ModelConfig
-from nanogpt.machine import choose, peak
+from nanogpt.config import ModelConfig, TrainDeviceConfig
+from nanogpt.device.device import select_device
+from nanogpt.device.measurements import peak_flops
 
-hypothesis.settings.register_profile("nanogpt", deadline=None)  # no test depends on speed
+hypothesis.settings.register_profile("nanogpt", deadline=None)  # No test depends on speed.
 hypothesis.settings.load_profile("nanogpt")
-
-# The machine's part is given, so that no test depends on what is faster where it runs.
-TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 16, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 5}
-TINY |= {"dtype": "float32", "attention": "fused", "compile": False}
 
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory):
-    """A cache that holds what was measured of this machine, and what was compiled for it, once for all tests."""
+    """A cache folder with the measurements and compiled kernels of this machine, for all tests."""
     folder = tmp_path_factory.mktemp("measured")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         for dtype in (torch.float32, torch.bfloat16):
-            peak(torch.device("cpu"), dtype)
+            peak_flops(torch.device("cpu"), dtype)
     return folder
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch, measured):
+def _cache_per_test(tmp_path_factory, monkeypatch, measured):
     folder = tmp_path_factory.mktemp("cache")
-    own = folder / "nanogpt"
-    own.mkdir()
-    shutil.copy(measured / "nanogpt" / "machine.json", own)
-    for compiled in (measured / "nanogpt").glob("numba-*"):
-        os.symlink(compiled, own / compiled.name)
+    cache = folder / "nanogpt"
+    cache.mkdir()
+    shutil.copy(measured / "nanogpt" / "measurements.json", cache)
+    for kernels in (measured / "nanogpt").glob("numba-*"):
+        os.symlink(kernels, cache / kernels.name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     yield
-    for name in os.listdir(own):
-        if name.startswith("numba-") and not (measured / "nanogpt" / name).exists():  # this test was the first to compile
-            shutil.move(own / name, measured / "nanogpt")
+    for kernels in cache.glob("numba-*"):
+        # The first test that compiles kernels keeps them for the others.
+        if not (measured / "nanogpt" / kernels.name).exists():
+            shutil.move(kernels, measured / "nanogpt")
 
 
 @pytest.fixture(autouse=True)
 def _broken_pipes_are_errors():
-    """Commands that end quietly with their reader have a broken pipe end the whole process: here that would be all tests to come."""
+    """Undo what commands do to end quietly on a broken pipe: here it would end all later tests."""
     yield
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="session")
-def place():
-    return choose(MachineConfig(device="cpu", dtype="float32"))
+def machine():
+    """The CPU in float32."""
+    return select_device(TrainDeviceConfig(device="cpu", dtype="float32"))
 
 
 @pytest.fixture
@@ -67,13 +67,15 @@ def make_model():
     """Build a small model with weights large enough that attention and norms matter."""
 
     def make(vocab_size=11, seed=0, scale=5.0, **settings):
-        shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 8, "dropout": 0.0} | settings
-        model = checkpoint.empty_model(ModelConfig(**shape), vocab_size, "cpu")
+        shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 8, "dropout": 0.0}
+        config = ModelConfig(**shape | settings)
+        model = checkpoint.build_uninitialized(config, vocab_size, "cpu")
         generator = torch.Generator().manual_seed(seed)
         model.init_weights(generator)
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.mul_(scale if parameter.dim() == 2 else 1.0).add_(0.1 * torch.randn(parameter.shape, generator=generator))
+                noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter.mul_(scale if parameter.dim() == 2 else 1.0).add_(noise)
         return model
 
     return make
@@ -81,10 +83,10 @@ def make_model():
 
 @pytest.fixture
 def story(tmp_path):
-    """A file of simple sentences, some 4,000 characters."""
-    chance = random.Random(0)
+    """A file of simple sentences, about 4,000 characters."""
+    rng = random.Random(0)
     words = (("cat", "dog", "fox"), ("saw", "met"), ("bird", "mouse"), ("barn", "yard", "wood"))
-    lines = ["The {} {} the {} in the {}.\n".format(*map(chance.choice, words)) for _ in range(120)]
+    lines = ["The {} {} the {} in the {}.\n".format(*map(rng.choice, words)) for _ in range(120)]
     path = tmp_path / "story.txt"
     path.write_text("".join(lines), encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""Files are whole or absent, say what is wrong with them, and hold all that they should."""
+"""Model files and saved states: complete or absent, verified, and with useful errors."""
 
 import errno
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import qwen3_like
 from safetensors.torch import save_file
 
 import nanogpt
@@ -16,7 +17,7 @@ from nanogpt import checkpoint, files
 from nanogpt.config import TrainingConfig
 from nanogpt.errors import UserError
 from nanogpt.optim import Optimizer
-from nanogpt.tokenizer import train_tokenizer
+from nanogpt.tokenizer.tokenizer import train_tokenizer
 
 TOKENIZER = train_tokenizer("char", ["hello wörld"])
 
@@ -24,30 +25,95 @@ TOKENIZER = train_tokenizer("char", ["hello wörld"])
 @pytest.fixture
 def saved(make_model, tmp_path):
     model = make_model(vocab_size=TOKENIZER.vocab_size)
-    checkpoint.save_model(tmp_path / "model.safetensors", model, TOKENIZER, {"step": 3, "unused": []})
+    checkpoint.save_model(
+        tmp_path / "model.safetensors", model, TOKENIZER, {"step": 3, "unseen_token_ranges": []}
+    )
     return model, tmp_path / "model.safetensors"
 
 
-def test_one_file_holds_weights_settings_tokenizer_and_summary(saved, tmp_path_factory):
+def test_model_file_holds_weights_settings_tokenizer_and_summary(saved, tmp_path_factory):
     model, path = saved
     elsewhere = shutil.copy(path, tmp_path_factory.mktemp("elsewhere") / "any-name.safetensors")
-    parts = checkpoint.load(elsewhere)
-    assert parts.model.config == model.config
-    assert parts.summary["step"] == 3
-    assert parts.tokenizer.encode("hello 日") == TOKENIZER.encode("hello 日")
+    loaded = checkpoint.load(elsewhere)
+    assert loaded.model.config == model.config
+    assert loaded.summary["step"] == 3
+    assert loaded.tokenizer.encode("hello 日") == TOKENIZER.encode("hello 日")
     for name, tensor in model.state_dict().items():
-        assert torch.equal(parts.model.state_dict()[name], tensor)
+        assert torch.equal(loaded.model.state_dict()[name], tensor)
     assert len("".join(nanogpt.load(elsewhere).stream("he", seed=1, max_tokens=5))) <= 5
 
 
-def test_the_same_model_gives_the_same_bytes(saved, tmp_path):
+def test_save_model_is_deterministic(saved, tmp_path):
     model, path = saved
-    checkpoint.save_model(tmp_path / "again.safetensors", model, TOKENIZER, {"step": 3, "unused": []})
-    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+    copy = tmp_path / "copy.safetensors"
+    checkpoint.save_model(copy, model, TOKENIZER, {"step": 3, "unseen_token_ranges": []})
+    assert copy.read_bytes() == path.read_bytes()
+
+
+QWEN3_SHAPES = [
+    {},
+    {"n_head": 4, "n_kv_head": 2, "head_dim": 6, "sliding_window": 3},
+    {"tie_word_embeddings": True},
+]
+
+
+@pytest.mark.parametrize("shape", QWEN3_SHAPES)
+def test_qwen3_file_holds_normalized_embeddings_and_the_same_function(make_model, tmp_path, shape):
+    model = make_model(TOKENIZER.vocab_size, arch="qwen3", **shape)
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_model(path, model, TOKENIZER, {"step": 1})
+    loaded = checkpoint.load(path).model
+    assert loaded.config == model.config
+    assert (model.normalize_embedding, loaded.normalize_embedding) == (True, False)
+    mean_squares = loaded.wte.weight.square().mean(dim=1)
+    torch.testing.assert_close(mean_squares, torch.ones(TOKENIZER.vocab_size))
+    idx = torch.arange(8)[None] % TOKENIZER.vocab_size
+    torch.testing.assert_close(loaded(idx), model(idx), atol=1e-6, rtol=1e-6)
+    peer = qwen3_like(loaded)
+    assert torch.equal(peer.model.embed_tokens.weight, loaded.wte.weight)
+    torch.testing.assert_close(peer(idx).logits, loaded(idx), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_saving_a_loaded_model_changes_nothing(make_model, tmp_path, arch):
+    model = make_model(TOKENIZER.vocab_size, arch=arch)
+    path, copy = tmp_path / "model.safetensors", tmp_path / "copy.safetensors"
+    checkpoint.save_model(path, model, TOKENIZER, {"step": 1, "unseen_token_ranges": []})
+    loaded = checkpoint.load(path)
+    checkpoint.save_model(copy, loaded.model, loaded.tokenizer, loaded.summary)
+    assert copy.read_bytes() == path.read_bytes()
+
+
+def test_load_best_weights_equals_load(make_model, tmp_path):
+    model = make_model(TOKENIZER.vocab_size, arch="qwen3")
+    checkpoint.save_model(tmp_path / "model.safetensors", model, TOKENIZER, {"step": 7})
+    other = make_model(TOKENIZER.vocab_size, arch="qwen3", seed=5)
+    assert checkpoint.load_best_weights(tmp_path, other)["step"] == 7
+    idx = torch.arange(8)[None] % TOKENIZER.vocab_size
+    assert torch.equal(other(idx), checkpoint.load(tmp_path).model(idx))
+
+
+def test_load_weights_starts_training_from_the_function_of_the_file(make_model, tmp_path):
+    model = make_model(TOKENIZER.vocab_size, arch="qwen3")
+    checkpoint.save_model(tmp_path / "model.safetensors", model, TOKENIZER, {"step": 7})
+    other = make_model(TOKENIZER.vocab_size, arch="qwen3", seed=5)
+    checkpoint.load_weights(other, checkpoint.load(tmp_path).model)
+    assert other.normalize_embedding
+    idx = torch.arange(8)[None] % TOKENIZER.vocab_size
+    torch.testing.assert_close(other(idx), model(idx), atol=1e-5, rtol=1e-5)
+
+
+def test_state_holds_raw_embeddings(make_model, tmp_path):
+    model = make_model(arch="qwen3")
+    checkpoint.save_state(tmp_path, 1, model, one_step(model), {})
+    other = make_model(arch="qwen3", seed=9)
+    checkpoint.load_state(tmp_path, other, make_optimizer(other))
+    assert torch.equal(other.wte.weight, model.wte.weight)
+    assert other.normalize_embedding
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, 0.5, 0.999])
-def test_a_file_cut_short_is_refused(saved, keep):
+def test_load_refuses_a_truncated_file(saved, keep):
     _, path = saved
     content = path.read_bytes()
     path.write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
@@ -55,7 +121,7 @@ def test_a_file_cut_short_is_refused(saved, keep):
         checkpoint.load(path)
 
 
-def test_a_changed_weight_is_found_by_the_checksum(saved):
+def test_load_refuses_a_changed_weight(saved):
     _, path = saved
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
@@ -70,8 +136,14 @@ class Bomb:
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.safetensors", "pytorch_model.bin"])
-@pytest.mark.parametrize("write", [lambda path: path.write_bytes(pickle.dumps(Bomb())), lambda path: torch.save({"bomb": Bomb()}, path)])
-def test_pickles_are_refused_unread(tmp_path, monkeypatch, name, write):
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(pickle.dumps(Bomb())),
+        lambda path: torch.save({"bomb": Bomb()}, path),
+    ],
+)
+def test_load_refuses_pickles_without_reading_them(tmp_path, monkeypatch, name, write):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / name)
     with pytest.raises(UserError, match="pickle"):
@@ -79,9 +151,9 @@ def test_pickles_are_refused_unread(tmp_path, monkeypatch, name, write):
     assert not Path("exploded").exists()
 
 
-def test_files_of_others_and_of_the_future_are_refused(saved, tmp_path, monkeypatch):
+def test_load_refuses_foreign_files_and_other_format_versions(saved, tmp_path, monkeypatch):
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="none that nanogpt made"):
+    with pytest.raises(UserError, match="nanogpt did not write"):
         checkpoint.load(tmp_path / "other.safetensors")
     model, path = saved
     monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 99)
@@ -89,9 +161,15 @@ def test_files_of_others_and_of_the_future_are_refused(saved, tmp_path, monkeypa
     monkeypatch.undo()
     with pytest.raises(UserError, match="newer"):
         checkpoint.load(path)
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 1)
+    checkpoint.save_model(path, model, TOKENIZER, {})
+    monkeypatch.undo()
+    for read in (checkpoint.load, checkpoint.read_metadata):
+        with pytest.raises(UserError, match=r"an older nanogpt \(format 1, not 2\)"):
+            read(path)
 
 
-def test_what_is_not_there_is_said_with_what_is(saved, tmp_path):
+def test_load_names_the_files_that_a_folder_holds(saved, tmp_path):
     with pytest.raises(UserError, match="no model at"):
         checkpoint.load(tmp_path / "nothing")
     folder = tmp_path / "folder"
@@ -102,17 +180,17 @@ def test_what_is_not_there_is_said_with_what_is(saved, tmp_path):
 
 
 def make_optimizer(model):
-    return Optimizer(model, TrainingConfig(optimizer="muon"), model.matrices())
+    return Optimizer(model, TrainingConfig(optimizer="muon"), model.muon_param_splits())
 
 
 def one_step(model):
     optimizer = make_optimizer(model)
-    model.nats(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
+    model.loss_sum(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
     optimizer.step(1.0)
     return optimizer
 
 
-def test_state_comes_back_exactly_and_only_the_latest_stays(make_model, tmp_path):
+def test_load_state_is_exact_and_only_the_latest_state_stays(make_model, tmp_path):
     model = make_model()
     optimizer = one_step(model)
     for step in (10, 20):
@@ -123,13 +201,17 @@ def test_state_comes_back_exactly_and_only_the_latest_stays(make_model, tmp_path
     assert checkpoint.load_state(tmp_path, other, restored) == {"step": 20}
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
-    before, after = optimizer.state_tensors(), restored.state_tensors()
-    assert before.keys() == after.keys() >= {"blocks.0.mlp.fc.weight.momentum", "wte.weight.exp_avg"}
+    before, after = optimizer.state_dict(), restored.state_dict()
+    assert (
+        before.keys()
+        == after.keys()
+        >= {"blocks.0.mlp.up_proj.weight.momentum", "wte.weight.exp_avg"}
+    )
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_save_that_dies_anywhere_leaves_the_last_one_loadable(make_model, tmp_path, monkeypatch):
-    """Every call into the system that a save makes is made to fail in turn, as if the process had been killed there."""
+def test_save_state_killed_anywhere_leaves_a_loadable_state(make_model, tmp_path, monkeypatch):
+    """Fail at each system call of a save in turn, as if the process had been killed there."""
     model = make_model()
     optimizer = one_step(model)
     checkpoint.save_state(tmp_path, 1, model, optimizer, {"step": 1})
@@ -153,19 +235,21 @@ def test_a_save_that_dies_anywhere_leaves_the_last_one_loadable(make_model, tmp_
         with monkeypatch.context() as patch:
             for name in real:
                 patch.setattr(files.os, name, dying(name))
-            patch.setattr(files, "discard", lambda path: None)  # the dead do not tidy up
+            patch.setattr(files, "remove", lambda path: None)  # A killed process cleans nothing up.
             try:
                 checkpoint.save_state(tmp_path, 2 + fatal, model, optimizer, {"step": 2 + fatal})
             except Killed:
                 died += 1
             else:
                 break
-        assert checkpoint.load_state(tmp_path, make_model(), make_optimizer(model))["step"] == checkpoint.latest_step(tmp_path)
+        assert checkpoint.load_state(tmp_path, make_model(), make_optimizer(model))[
+            "step"
+        ] == checkpoint.latest_step(tmp_path)
     assert died > 10
     assert checkpoint.latest_step(tmp_path) == 2 + fatal
 
 
-def test_a_full_disk_leaves_the_old_file_and_says_how_much_is_free(saved, make_model, monkeypatch):
+def test_save_model_on_a_full_disk_keeps_the_old_file(saved, make_model, monkeypatch):
     _, path = saved
     before = path.read_bytes()
 
@@ -174,21 +258,23 @@ def test_a_full_disk_leaves_the_old_file_and_says_how_much_is_free(saved, make_m
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"disk is full: .* MB are free"):
-        checkpoint.save_model(path, make_model(vocab_size=TOKENIZER.vocab_size, seed=4), TOKENIZER, {})
+        checkpoint.save_model(
+            path, make_model(vocab_size=TOKENIZER.vocab_size, seed=4), TOKENIZER, {}
+        )
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
 
 
-def test_room_is_asked_for_before_anything_is_written(tmp_path):
+def test_require_space_checks_the_free_space(tmp_path):
     files.require_space(tmp_path / "not" / "yet", 1)
     with pytest.raises(UserError, match="are needed"):
         files.require_space(tmp_path / "not" / "yet", 10**18)
 
 
-def test_header_is_one_json_object_that_other_programs_can_read(saved):
+def test_model_file_header_is_json(saved):
     _, path = saved
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    about = json.loads(header["__metadata__"]["nanogpt"])
-    assert set(about) == {"format_version", "model", "tokenizer", "summary", "sha256"}
-    assert json.loads(about["tokenizer"])["model"]["type"] == "BPE"
+    metadata = json.loads(header["__metadata__"]["nanogpt"])
+    assert set(metadata) == {"format_version", "model", "tokenizer", "summary", "sha256"}
+    assert json.loads(metadata["tokenizer"])["model"]["type"] == "BPE"

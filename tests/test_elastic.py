@@ -1,4 +1,4 @@
-"""What happens to a run of many processes on machines that fail: torchrun begins again, and the end is the same. Run with `pytest -m slow`."""
+"""Fault tolerance under torchrun: killed ranks, signals, a full disk (run with `-m slow`)."""
 
 import json
 import os
@@ -11,112 +11,133 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from helpers import TINY, free_port, weights
 from safetensors.torch import load_file
-from test_distributed import free_port, weights
 
 import nanogpt
 from nanogpt import checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="torchrun and signals are those of Unix")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="torchrun and signals are those of Unix"),
+]
 SETTINGS = TINY | {"dropout": 0.1, "eval_every": 10, "device": "cpu", "threads": 1, "seed": 3}
 KILLS, STEPS = 20, 600
-DISK_FULL = """
-import errno, sys
-from nanogpt import checkpoint, cli
-write = checkpoint.save_state
-def full(run, step, *rest):
+# A program that runs nanogpt, and whose disk is full at step 20 on one rank.
+DISK_FULL_PROGRAM = """
+import errno
+from nanogpt import checkpoint
+from nanogpt.cli.main import main
+save_state = checkpoint.save_state
+def fail(run, step, *rest):
     if step == 20 and rest[-1].rank == {rank}:
         raise OSError(errno.ENOSPC, "No space left on device")
-    return write(run, step, *rest)
-checkpoint.save_state = full
-cli.main()
+    return save_state(run, step, *rest)
+checkpoint.save_state = fail
+main()
 """
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(nanogpt.__file__).parent.parent)}
 
 
 def flags(**settings):
-    return [
-        f"--{'no-' if value is False else ''}{name.replace('_', '-')}" + ("" if value in (True, False) and isinstance(value, bool) else f"={value}")
-        for name, value in (SETTINGS | settings).items()
-    ]
+    result = []
+    for name, value in (SETTINGS | settings).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            result.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            result.append(f"--{flag}={value}")
+    return result
 
 
-def torchrun(*words, restarts=0, program=("-m", "nanogpt"), port=None):
-    """torchrun with two processes on this machine, as a person begins it."""
-    meeting = ["--standalone"] if port is None else ["--master-port", str(port)]
-    command = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc-per-node", "2", "--max-restarts", str(restarts), *program, "train"]
-    own = os.environ | {"PYTHONPATH": str(Path(nanogpt.__file__).parent.parent)}
-    return subprocess.Popen([*command, *map(str, words)], env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def torchrun(*args, max_restarts=0, program=("-m", "nanogpt")):
+    """Start torchrun with two ranks on this machine."""
+    options = ["--standalone", "--nproc-per-node", 2, "--max-restarts", max_restarts]
+    command = ["-m", "torch.distributed.run", *options, *program, "train", *args]
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
-def finished(process):
-    said = process.communicate(timeout=900)[0]
-    assert process.returncode == 0, said[-3000:]
-    return said
+def wait_for_success(process):
+    output = process.communicate(timeout=900)[0]
+    assert process.returncode == 0, output[-3000:]
+    return output
 
 
 def last_step(run):
-    """Of metrics.jsonl, while it is written."""
+    """Return the last complete step in metrics.jsonl, which may still be written."""
     try:
         return json.loads((run / "metrics.jsonl").read_text().rsplit("\n", 2)[-2])["step"]
     except (OSError, ValueError, IndexError):
         return 0
 
 
-def workers(process):
-    """The processes that torchrun began."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+def worker_pids(process):
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(pid) for pid in children.split()]
 
 
-def same(run, other):
-    for one, two in ((weights(run), weights(other)), (load_file(run / "model.safetensors"), load_file(other / "model.safetensors"))):
-        assert all(one[name].equal(two[name]) for name in two)
+def assert_weights_equal(run, other):
+    best, other_best = (load_file(path / "model.safetensors") for path in (run, other))
+    for tensors, other_tensors in ((weights(run), weights(other)), (best, other_best)):
+        assert all(tensors[name].equal(other_tensors[name]) for name in other_tensors)
 
 
 @pytest.fixture
 def parallel():
-    """How the processes share the work; a test that wants both ways asks for them."""
+    """Return the parallelism of the uninterrupted run; tests may parametrize it."""
     return "ddp"
 
 
 @pytest.fixture
-def undisturbed(story, tmp_path, parallel):
-    finished(torchrun(story, "--out", tmp_path / "undisturbed", *flags(steps=STEPS, parallel=parallel)))
-    return tmp_path / "undisturbed"
+def uninterrupted(story, tmp_path, parallel):
+    run = tmp_path / "uninterrupted"
+    wait_for_success(torchrun(story, "--out", run, *flags(steps=STEPS, parallel=parallel)))
+    return run
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists the children of a process")
-def test_twenty_killed_workers_change_nothing(story, tmp_path, undisturbed):
-    chance, run = random.Random(1), tmp_path / "run"
-    process = torchrun(story, "--out", run, *flags(steps=STEPS), restarts=KILLS)
-    kills, then = 0, 10
+@pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="only Linux lists the children of a process"
+)
+def test_twenty_killed_ranks_change_nothing(story, tmp_path, uninterrupted):
+    generator, run = random.Random(1), tmp_path / "run"
+    process = torchrun(story, "--out", run, *flags(steps=STEPS), max_restarts=KILLS)
+    kills, next_kill = 0, 10
     while process.poll() is None and kills < KILLS:
-        if last_step(run) >= then and len(pids := workers(process)) == 2:
-            os.kill(chance.choice(pids), signal.SIGKILL)
-            kills, then = kills + 1, last_step(run) + chance.randrange(1, 40)
+        if last_step(run) >= next_kill and len(pids := worker_pids(process)) == 2:
+            os.kill(generator.choice(pids), signal.SIGKILL)
+            kills += 1
+            next_kill = last_step(run) + generator.randrange(1, 40)
             time.sleep(1)
         time.sleep(0.002)
-    finished(process)
+    wait_for_success(process)
     assert kills == KILLS
-    same(run, undisturbed)
+    assert_weights_equal(run, uninterrupted)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_worker_killed_while_it_saves_changes_nothing(story, tmp_path, undisturbed, parallel):
+def test_a_rank_killed_while_saving_changes_nothing(story, tmp_path, uninterrupted, parallel):
     run = tmp_path / "run"
-    process = torchrun(story, "--out", run, *flags(steps=STEPS, parallel=parallel), restarts=3)
+    settings = flags(steps=STEPS, parallel=parallel)
+    process = torchrun(story, "--out", run, *settings, max_restarts=3)
     kills = 0
     while process.poll() is None and kills < 3:
-        if list((run / "state").glob(".*.unfinished")) and len(pids := workers(process)) == 2:
+        # Hidden files are those that are being written.
+        if list((run / "state").glob(".*")) and len(pids := worker_pids(process)) == 2:
             os.kill(pids[0], signal.SIGKILL)
             kills += 1
             time.sleep(1)
-    finished(process)
+    wait_for_success(process)
     assert kills == 3
-    same(run, undisturbed)
+    assert_weights_equal(run, uninterrupted)
 
 
-def test_sigterm_to_torchrun_saves_and_the_same_command_goes_on(story, tmp_path, undisturbed):
+def test_sigterm_saves_and_resume_is_bit_exact(story, tmp_path, uninterrupted):
     run = tmp_path / "run"
     process = torchrun(story, "--out", run, *flags(steps=STEPS))
     while last_step(run) < 33:
@@ -125,70 +146,92 @@ def test_sigterm_to_torchrun_saves_and_the_same_command_goes_on(story, tmp_path,
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert (checkpoint.latest_step(run) or 0) >= 33
-    finished(torchrun("--resume", "--out", run))
-    same(run, undisturbed)
+    wait_for_success(torchrun("--resume", "--out", run))
+    assert_weights_equal(run, uninterrupted)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_full_disk_ends_all_and_the_last_save_stays(story, tmp_path, rank, undisturbed):
+def test_a_full_disk_ends_all_ranks_and_keeps_the_last_checkpoint(
+    story, tmp_path, rank, uninterrupted
+):
     run, script = tmp_path / "run", tmp_path / "full.py"
-    script.write_text(DISK_FULL.format(rank=rank))
+    script.write_text(DISK_FULL_PROGRAM.format(rank=rank))
     process = torchrun(story, "--out", run, *flags(steps=STEPS), program=(script,))
-    said = process.communicate(timeout=300)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode != 0
-    assert "No space left" in said
-    assert "has lost the others" in said
+    assert "No space left" in output
+    assert "lost its peers" in output
     assert checkpoint.latest_step(run) == 10
-    finished(torchrun("--resume", "--out", run))
-    same(run, undisturbed)
+    wait_for_success(torchrun("--resume", "--out", run))
+    assert_weights_equal(run, uninterrupted)
 
 
-def test_a_launch_that_was_refused_does_not_take_over_the_folder_when_torchrun_tries_again(story, tmp_path):
-    nanogpt.train(story, tmp_path / "run", **SETTINGS | {"steps": 20})
-    before = (tmp_path / "run" / "model.safetensors").read_bytes()
-    said = torchrun(story, "--out", tmp_path / "run", *flags(steps=40), restarts=2).communicate(timeout=300)[0]
-    assert said.count("already holds a run") == 3
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+def test_a_restarted_launch_does_not_take_over_the_run_that_refused_it(story, tmp_path):
+    run = tmp_path / "run"
+    nanogpt.train(story, run, **SETTINGS | {"steps": 20})
+    before = (run / "model.safetensors").read_bytes()
+    process = torchrun(story, "--out", run, *flags(steps=40), max_restarts=2)
+    output = process.communicate(timeout=300)[0]
+    assert output.count("already holds a run") == 3
+    assert (run / "model.safetensors").read_bytes() == before
 
 
-def _namespaces_allowed():
-    tools = shutil.which("ip") and shutil.which("unshare")
-    return bool(tools) and os.geteuid() == 0 and subprocess.run(["ip", "netns", "add", "nanogpt-try"], capture_output=True).returncode == 0
+def ip(*args, check=True):
+    done = subprocess.run(["ip", *args], check=check, capture_output=True)
+    return done.returncode == 0
+
+
+def can_create_namespaces():
+    if not (shutil.which("ip") and shutil.which("unshare")) or os.geteuid() != 0:
+        return False
+    return ip("netns", "add", "nanogpt-try", check=False) and ip("netns", "del", "nanogpt-try")
 
 
 @pytest.fixture
 def hosts():
-    """Two network namespaces with an address each and a cable between them: two machines that share a disk."""
-    if not _namespaces_allowed():
+    """Return two network namespaces with a cable between them, like machines that share a disk."""
+    if not can_create_namespaces():
         pytest.skip("network namespaces are not allowed here")
-    subprocess.run(["ip", "netns", "del", "nanogpt-try"], check=True)
     names = [f"nanogpt-{os.getpid()}-{i}" for i in range(2)]
     try:
         for name in names:
-            subprocess.run(["ip", "netns", "add", name], check=True)
-        cable = ["ip", "link", "add", "ng0", "netns", names[0], "type", "veth", "peer", "name", "ng0", "netns", names[1]]
-        subprocess.run(cable, check=True)
+            ip("netns", "add", name)
+        cable = "type veth peer name ng0 netns"
+        ip("link", "add", "ng0", "netns", names[0], *cable.split(), names[1])
         for i, name in enumerate(names):
-            for words in (f"addr add 10.77.0.{i + 1}/24 dev ng0", "link set ng0 up", "link set lo up"):
-                subprocess.run(["ip", "netns", "exec", name, "ip", *words.split()], check=True)
+            for command in (
+                f"addr add 10.77.0.{i + 1}/24 dev ng0",
+                "link set ng0 up",
+                "link set lo up",
+            ):
+                ip("netns", "exec", name, "ip", *command.split())
         yield names
     finally:
         for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False)
+            ip("netns", "del", name, check=False)
 
 
-def test_two_machines_with_an_address_each_train_one_model(story, tmp_path, hosts):
+def test_two_nodes_train_one_model(story, tmp_path, hosts):
     port = free_port()
-    own = os.environ | {"PYTHONPATH": str(Path(nanogpt.__file__).parent.parent), "GLOO_SOCKET_IFNAME": "ng0"}
+    train = ["-m", "nanogpt", "train", story, "--out", tmp_path / "run", *flags(steps=40)]
     processes = []
     for i, name in enumerate(hosts):
-        meeting = ["--nnodes", "2", "--node-rank", str(i), "--nproc-per-node", "1", "--master-addr", "10.77.0.1", "--master-port", str(port)]
-        command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", *meeting, "-m", "nanogpt", "train"]
-        words = [*command, str(story), "--out", str(tmp_path / "run"), *flags(steps=40)]
+        options = ["--nnodes", 2, "--node-rank", i, "--nproc-per-node", 1]
+        options += ["--master-addr", "10.77.0.1", "--master-port", port]
+        command = ["ip", "netns", "exec", name, sys.executable]
+        command += ["-m", "torch.distributed.run", *options, *train]
+        node = {"GLOO_SOCKET_IFNAME": "ng0", "XDG_CACHE_HOME": str(tmp_path / f"cache-{i}")}
         processes.append(
-            subprocess.Popen(words, env=own | {"XDG_CACHE_HOME": str(tmp_path / f"cache-{i}")}, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                list(map(str, command)),
+                env=ENVIRONMENT | node,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         )
     for process in processes:
-        finished(process)
+        wait_for_success(process)
     one = nanogpt.train(story, tmp_path / "one", **SETTINGS | {"steps": 40})
-    assert one.summary["val_loss"] == pytest.approx(nanogpt.load(tmp_path / "run").summary["val_loss"], rel=1e-5)
+    two = nanogpt.load(tmp_path / "run")
+    assert one.summary["val_loss"] == pytest.approx(two.summary["val_loss"], rel=1e-5)

@@ -1,4 +1,4 @@
-"""The recipe: more time buys a bigger model, what was given stays, and whatever it chooses is a valid configuration."""
+"""Tests of the recipe: model size grows with time, given settings stay, choices are valid."""
 
 import csv
 import itertools
@@ -10,83 +10,107 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt import machine, recipe
+from nanogpt import checkpoint
 from nanogpt.config import ModelConfig, resolve
-from nanogpt.plan import flops_per_token, parameters
+from nanogpt.device.device import Machine
+from nanogpt.plan.model_size import flops_per_token, num_parameters
+from nanogpt.training import recipe
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+CPU = Machine(torch.device("cpu"), torch.float32, 1)
 
 
 @pytest.fixture
-def speed(monkeypatch):
-    """A machine as fast as the test says."""
+def set_speed(monkeypatch):
+    """Set the speed of the machine in FLOP/s; 1e11 at first."""
 
     def set_to(flops):
-        monkeypatch.setattr(recipe, "token_seconds", tokens_at(flops))
+        monkeypatch.setattr(recipe, "seconds_per_token", seconds_per_token_at(flops))
 
     set_to(1e11)
     return set_to
 
 
-def tokens_at(flops):
-    return lambda model, vocab_size, place: flops_per_token(model, vocab_size) / flops
+def seconds_per_token_at(flops):
+    return lambda model, vocab_size, machine: flops_per_token(model, vocab_size) / flops
 
 
-def config(choices, given=()):
-    return resolve(dict(given) | {choice.name: choice.value for choice in choices})
+def choose(seconds, train_tokens, user_settings=()):
+    return recipe.choose_settings(seconds, train_tokens, 65, CPU, dict(user_settings))
 
 
-def size(choices, vocab_size=65):
-    return sum(parameters(config(choices).model, vocab_size).values())
+def config_of(choices, user_settings=()):
+    return resolve(dict(user_settings) | {choice.name: choice.value for choice in choices})
 
 
-def test_more_time_or_a_faster_machine_buys_a_bigger_model(place, speed):
-    sizes = [size(recipe.choose(60 * minutes, 10**8, 65, place, {})) for minutes in (0.25, 1, 5, 30, 300)]
+def model_size(choices, vocab_size=65):
+    return sum(num_parameters(config_of(choices).model, vocab_size).values())
+
+
+def test_more_time_or_a_faster_machine_buys_a_larger_model(set_speed):
+    sizes = [model_size(choose(60 * minutes, 10**8)) for minutes in (0.25, 1, 5, 30, 300)]
     assert sizes == sorted(sizes)
     assert sizes[-1] > 20 * sizes[0]
-    slow = size(recipe.choose(300, 10**8, 65, place, {}))
-    speed(1e14)
-    assert size(recipe.choose(300, 10**8, 65, place, {})) > 5 * slow
+    slow = model_size(choose(300, 10**8))
+    set_speed(1e14)
+    assert model_size(choose(300, 10**8)) > 5 * slow
 
 
-def test_a_small_text_is_not_read_too_often_nor_by_too_large_a_model(place, speed):
-    large, small, tiny = (config([*recipe.choose(1800, tokens, 65, place, {})], {"minutes": 30.0}) for tokens in (10**9, 2 * 10**5, 5 * 10**4))
+def test_small_text_limits_epochs_and_model_size(set_speed):
+    large, small, tiny = (
+        config_of(choose(1800, tokens), {"minutes": 30.0})
+        for tokens in (10**9, 2 * 10**5, 5 * 10**4)
+    )
     assert large.training.steps is None
-    for found, tokens in ((small, 2 * 10**5), (tiny, 5 * 10**4)):
-        assert found.training.steps * found.training.batch_size * found.model.context_length <= (recipe.MOST_EPOCHS + 1) * tokens
-        assert sum(parameters(found.model, 1).values()) < 20 * tokens
+    for config, tokens in ((small, 2 * 10**5), (tiny, 5 * 10**4)):
+        step_tokens = config.training.batch_size * config.model.context_length
+        assert config.training.steps * step_tokens <= (recipe.MAX_EPOCHS + 1) * tokens
+        assert sum(num_parameters(config.model, 1).values()) < 20 * tokens
 
 
 @pytest.mark.parametrize("tokens", [100, 5000, 45_000, 226_000, 900_000])
-def test_what_is_read_often_is_forgotten_within_a_reading(place, speed, tokens):
-    speed(1e13)
-    found = config(recipe.choose(1800, tokens, 65, place, {}), {"minutes": 30.0})
-    settings, step = found.training, found.training.batch_size * found.model.context_length
-    assert settings.steps * step > recipe.OFTEN * tokens
-    kept = (1 - settings.matrix_learning_rate * settings.weight_decay) ** max(recipe.FEWEST_STEPS, tokens / step)
-    assert 0.2 < kept < 0.27  # e^-1.4, nearly
-    assert found.model.dropout == 0
+def test_muon_weight_decay_scales_with_the_epoch_over_many_epochs(set_speed, tokens):
+    set_speed(1e13)
+    config = config_of(choose(1800, tokens), {"minutes": 30.0})
+    training = config.training
+    step_tokens = training.batch_size * config.model.context_length
+    assert training.steps * step_tokens > recipe.MULTI_EPOCH_THRESHOLD * tokens
+    steps_per_epoch = max(recipe.MIN_STEPS_PER_EPOCH, tokens / step_tokens)
+    shrinkage = (1 - training.muon_learning_rate * training.weight_decay) ** steps_per_epoch
+    # Close to e^-1.4.
+    assert 0.2 < shrinkage < 0.27
+    assert config.model.dropout == 0
 
 
-def test_for_adamw_what_is_read_often_gets_dropout_instead(place, speed):
-    speed(1e13)
-    found = config(recipe.choose(1800, 226_000, 65, place, {"optimizer": "adamw"}), {"minutes": 30.0, "optimizer": "adamw"})
-    assert (found.model.dropout, found.training.weight_decay) == (recipe.DROPOUT, recipe.DECAY)
+def test_adamw_uses_dropout_over_many_epochs(set_speed):
+    set_speed(1e13)
+    optimizer = {"optimizer": "adamw"}
+    config = config_of(choose(1800, 226_000, optimizer), {"minutes": 30.0} | optimizer)
+    assert config.model.dropout == recipe.DROPOUT
+    assert config.training.weight_decay == recipe.WEIGHT_DECAY
 
 
 @pytest.mark.parametrize(("seconds", "tokens"), [(1800, 10**8), (2, 200_000)])
-def test_what_is_seldom_read_is_kept(place, speed, seconds, tokens):
-    assert config(recipe.choose(seconds, tokens, 65, place, {})).training.weight_decay == recipe.DECAY
+def test_weight_decay_is_the_usual_one_for_few_epochs(set_speed, seconds, tokens):
+    training = config_of(choose(seconds, tokens)).training
+    assert training.weight_decay == recipe.WEIGHT_DECAY
 
 
-def test_every_choice_has_a_reason(place, speed):
-    choices = recipe.choose(300, 10**6, 65, place, {})
+def test_every_choice_has_a_reason(set_speed):
+    choices = choose(300, 10**6)
     assert all(choice.reason for choice in choices)
-    assert {choice.name for choice in choices} >= {"n_layer", "n_embd", "batch_size", "learning_rate", "dropout", "weight_decay"}
+    assert {choice.name for choice in choices} >= {
+        "n_layer",
+        "n_embd",
+        "batch_size",
+        "learning_rate",
+        "dropout",
+        "weight_decay",
+    }
 
 
-GIVEN = {
-    "arch": st.sampled_from(["classic", "modern"]),
+USER_SETTINGS = {
+    "arch": st.sampled_from(["gpt2", "qwen3"]),
     "n_layer": st.integers(1, 30),
     "n_head": st.integers(1, 24),
     "n_kv_head": st.integers(1, 4),
@@ -99,58 +123,65 @@ GIVEN = {
 }
 
 
-def possible(given):
-    """Whether the settings can go together; the rest is for `resolve` to refuse."""
-    shared = given.get("n_kv_head", 1)
-    if {"n_head", "n_embd"} <= given.keys() or ("n_kv_head" in given and given.get("arch") == "classic"):
+def is_consistent(settings):
+    """Return True if `resolve` accepts the settings together."""
+    n_kv_head = settings.get("n_kv_head", 1)
+    if {"n_head", "n_embd"} <= settings.keys():
         return False
-    return given.get("n_head", shared) % shared == 0 and given.get("n_embd", 2 * shared) % (2 * shared) == 0
+    if "n_kv_head" in settings and settings.get("arch") == "gpt2":
+        return False
+    return (
+        settings.get("n_head", n_kv_head) % n_kv_head == 0
+        and settings.get("n_embd", 2 * n_kv_head) % (2 * n_kv_head) == 0
+    )
 
 
 @given(
-    st.fixed_dictionaries({}, optional=GIVEN).filter(possible),
+    st.fixed_dictionaries({}, optional=USER_SETTINGS).filter(is_consistent),
     st.floats(0.01, 1000), st.integers(2, 10**12), st.integers(2, 100_000), st.floats(1e8, 1e16),
 )  # fmt: skip
-def test_it_completes_any_settings_and_changes_none(given, minutes, tokens, vocab_size, flops):
+def test_choices_complete_any_settings_and_change_none(
+    settings, minutes, tokens, vocab_size, flops
+):
+    settings = {"minutes": minutes} | settings
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "token_seconds", tokens_at(flops))
-        given = {"minutes": minutes} | given
-        choices = recipe.choose(60 * minutes, tokens, vocab_size, PLACE, given)
-    assert not {choice.name for choice in choices} & given.keys()
-    settled = config(choices, given)
-    settings = settled.model.model_dump() | settled.training.model_dump()
-    assert all(settings[name] == value for name, value in given.items())
-
-
-PLACE = machine.Machine(torch.device("cpu"), torch.float32, 1)
+        patch.setattr(recipe, "seconds_per_token", seconds_per_token_at(flops))
+        choices = recipe.choose_settings(60 * minutes, tokens, vocab_size, CPU, settings)
+    assert not {choice.name for choice in choices} & settings.keys()
+    config = config_of(choices, settings)
+    resolved = config.model.model_dump() | config.training.model_dump()
+    assert all(resolved[name] == value for name, value in settings.items())
 
 
 @pytest.mark.parametrize("n_embd", range(2, 700, 2))
-def test_heads_share_the_width(n_embd):
-    heads = recipe.heads_for(n_embd)
+def test_num_heads_divides_the_width(n_embd):
+    heads = recipe.num_heads_for(n_embd)
     assert n_embd % heads == 0
     assert n_embd // heads % 2 == 0
     assert n_embd // heads >= 32 or heads == 1 or n_embd % 32
 
 
-def test_a_shape_is_timed_once(place, monkeypatch):
-    model = ModelConfig(arch="modern", n_layer=1, n_head=1, n_embd=16, context_length=8)
-    first = recipe.token_seconds(model, 65, place)
+def test_seconds_per_token_is_measured_once(machine, monkeypatch):
+    model = ModelConfig(arch="qwen3", n_layer=1, n_head=1, n_embd=16, context_length=8)
+    first = recipe.seconds_per_token(model, 65, machine)
     assert first > 0
-    monkeypatch.setattr(recipe.checkpoint, "empty_model", None)  # it would be called to measure again
-    assert recipe.token_seconds(model, 70, place) == first
+    # A second measurement would call it.
+    monkeypatch.setattr(checkpoint, "build_uninitialized", None)
+    assert recipe.seconds_per_token(model, 70, machine) == first
 
 
-def test_the_law_is_the_one_that_fits_the_table():
-    """The constants in recipe.py are those that benchmarks/recipe.py finds in its table."""
+def test_scaling_law_is_the_fit_of_the_table():
+    """The constants in recipe.py are those that benchmarks/recipe.py fits to its table."""
     sys.path.insert(0, str(BENCHMARKS))
     from recipe import fit
 
     with (BENCHMARKS / "recipe.csv").open() as file:
-        law = fit(list(csv.DictReader(file)))
-    assert [law[name] for name in ("A", "a", "B", "b", "R")] == pytest.approx([recipe.A, recipe.a, recipe.B, recipe.b, recipe.REREADING], rel=0.01)
+        law, _ = fit(list(csv.DictReader(file)))
+    names = ("A", "alpha", "B", "beta", "repeat_decay")
+    expected = [getattr(recipe.LAW, name) for name in names]
+    assert [getattr(law, name) for name in names] == pytest.approx(expected, rel=0.01)
 
 
-def test_shapes_grow():
-    sizes = [n_layer * n_embd**2 for n_layer, n_embd in recipe.SHAPES]
+def test_candidate_shapes_grow():
+    sizes = [n_layer * n_embd**2 for n_layer, n_embd in recipe.CANDIDATE_SHAPES]
     assert all(small < large for small, large in itertools.pairwise(sizes))

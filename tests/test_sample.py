@@ -1,4 +1,4 @@
-"""What a person sees of sampling: texts in their order, JSON, and prompts and texts in turn at a terminal."""
+"""Tests of generation from the user's side: printed samples, JSON and the interactive mode."""
 
 import json
 import os
@@ -13,22 +13,27 @@ import pytest
 import torch
 
 import nanogpt
-from nanogpt import checkpoint, sample
+from nanogpt import checkpoint
+from nanogpt.cli import interactive
 from nanogpt.config import SamplingConfig
 from nanogpt.errors import UserError
 from nanogpt.generate import decoder
-from nanogpt.tokenizer import train_tokenizer
+from nanogpt.generate.decoder import create_decoder
+from nanogpt.generate.torch_decoder import TorchDecoder
+from nanogpt.tokenizer.tokenizer import train_tokenizer
 
 TEXT = "The cat saw the dog.\n"
 
 
 @pytest.fixture
 def file(make_model, tmp_path):
-    """A model file whose texts are letters of TEXT, and do not end by themselves."""
+    """A model file that generates characters of TEXT and never the end-of-text token."""
     tokenizer = train_tokenizer("char", [TEXT])
     model = make_model(vocab_size=tokenizer.vocab_size, scale=1.0, context_length=32)
     path = tmp_path / "model.safetensors"
-    checkpoint.save_model(path, model, tokenizer, {"step": 1, "text": "", "unused": [(len(set(TEXT)), tokenizer.vocab_size)]})
+    unseen = [(len(set(TEXT)), tokenizer.vocab_size)]
+    summary = {"step": 1, "text": "", "unseen_token_ranges": unseen}
+    checkpoint.save_model(path, model, tokenizer, summary)
     return path
 
 
@@ -37,34 +42,42 @@ def model(file):
     return nanogpt.load(file, dtype="float32")
 
 
-def test_texts_are_printed_in_their_order_though_they_are_made_together(model, capsys):
-    requests = sample.requests_for(model, "cat", 5, 7, False, SamplingConfig(max_tokens=20, stop=("t", "T")))
-    sample.print_texts(model, "cat", requests)
-    expected = ["cat" + "".join(model.stream("cat", seed=seed, max_tokens=20, stop=("t", "T"))) + "\n" for seed in range(7, 12)]
+def test_stream_to_stdout_prints_samples_in_their_order(model, capsys):
+    settings = SamplingConfig(max_tokens=20, stop=("t", "T"))
+    requests = interactive.make_requests(model, "cat", 5, 7, False, settings)
+    interactive.stream_to_stdout(model, "cat", requests)
+    samples = [
+        "cat" + "".join(model.stream("cat", seed=seed, max_tokens=20, stop=("t", "T"))) + "\n"
+        for seed in range(7, 12)
+    ]
     heads = [f"--- {i + 1} of 5, seed {i + 7} ---\n" for i in range(5)]
-    assert capsys.readouterr().out == "".join(head + text for head, text in zip(heads, expected, strict=True))
-    assert len({len(text) for text in expected}) > 1  # some ended before others
+    expected = "".join(head + sample for head, sample in zip(heads, samples, strict=True))
+    assert capsys.readouterr().out == expected
+    assert len({len(sample) for sample in samples}) > 1  # some ended before others
 
 
-def test_the_first_text_streams(model, monkeypatch):
+def test_stream_to_stdout_streams_the_first_sample(model, monkeypatch):
     printed = []
-    monkeypatch.setattr("builtins.print", lambda *words, **_: printed.append("".join(words)))
-    sample.print_texts(model, "", sample.requests_for(model, "cat", 1, 7, False, SamplingConfig(max_tokens=20)))
-    assert len([piece for piece in printed if len(piece) == 1]) == 20
+    monkeypatch.setattr("builtins.print", lambda *args, **_: printed.append("".join(args)))
+    settings = SamplingConfig(max_tokens=20)
+    requests = interactive.make_requests(model, "cat", 1, 7, False, settings)
+    interactive.stream_to_stdout(model, "", requests)
+    assert len([chunk for chunk in printed if len(chunk) == 1]) == 20
 
 
-def test_json_has_tokens_log_probabilities_and_the_end(model, capsys):
+def test_print_json_has_tokens_logprobs_and_finish_reasons(model, capsys):
     settings = SamplingConfig(max_tokens=9, stop=("d", "e"), temperature=2.0)
-    sample.print_json(model, "cat", sample.requests_for(model, "cat", 6, 7, False, settings))
-    answer = json.loads(capsys.readouterr().out)
-    assert answer["prompt"] == "cat"
-    assert [one["seed"] for one in answer["samples"]] == list(range(7, 13))
-    assert {one["finish"] for one in answer["samples"]} == {"stop", "length"}
-    for one in answer["samples"]:
-        spelled = model.tokenizer.decode(one["tokens"])
-        assert one["text"] == (spelled[:-1] if one["finish"] == "stop" else spelled)
-        assert len(one["logprobs"]) == len(one["tokens"]) <= 9
-        assert all(value < 0 for value in one["logprobs"])
+    requests = interactive.make_requests(model, "cat", 6, 7, False, settings)
+    interactive.print_json(model, "cat", requests)
+    output = json.loads(capsys.readouterr().out)
+    assert output["prompt"] == "cat"
+    assert [sample["seed"] for sample in output["samples"]] == list(range(7, 13))
+    assert {sample["finish_reason"] for sample in output["samples"]} == {"stop", "length"}
+    for sample in output["samples"]:
+        decoded = model.tokenizer.decode(sample["tokens"])
+        assert sample["text"] == (decoded[:-1] if sample["finish_reason"] == "stop" else decoded)
+        assert len(sample["logprobs"]) == len(sample["tokens"]) <= 9
+        assert all(value < 0 for value in sample["logprobs"])
 
 
 def without_numba(monkeypatch):
@@ -73,150 +86,208 @@ def without_numba(monkeypatch):
 
 @pytest.mark.parametrize("numba", [True, False])
 @pytest.mark.parametrize("dtype", ["auto", "float32", "int8"])
-def test_deterministic_texts_are_the_same_alone_and_among_others(file, monkeypatch, numba, dtype):
+def test_deterministic_samples_do_not_depend_on_the_batch(file, monkeypatch, numba, dtype):
     if numba:
         pytest.importorskip("numba")
     else:
         without_numba(monkeypatch)
     model = nanogpt.load(file, dtype=dtype, deterministic=True)
-    requests = [model.request(prompt, seed=seed, max_tokens=40) for seed, prompt in enumerate(["cat", "The dog saw", "cat", "a"] * 5)]
+    requests = [
+        model.make_request(prompt, seed=seed, max_tokens=40)
+        for seed, prompt in enumerate(["cat", "The dog saw", "cat", "a"] * 5)
+    ]
 
-    def pieces(some):
-        found = [[] for _ in some]
-        for i, piece in model.write(some):
-            found[i].append((piece.text, piece.token, piece.logprob, piece.finish))
+    def outputs(requests):
+        found = [[] for _ in requests]
+        for i, step in model.generate_many(requests):
+            found[i].append((step.text, step.token_id, step.logprob, step.finish_reason))
         return found
 
-    assert pieces(requests) == [pieces([request])[0] for request in requests]
-    assert type(next(iter(model._decoders.values()))).__name__ == ("FastDecoder" if numba else "TorchDecoder")
+    assert outputs(requests) == [outputs([request])[0] for request in requests]
+    decoder_name = type(next(iter(model._decoders.values()))).__name__
+    assert decoder_name == ("NumbaDecoder" if numba else "TorchDecoder")
     torch.use_deterministic_algorithms(False)
 
 
-def test_streams_of_one_model_do_not_disturb_each_other(model):
+def test_streams_of_one_model_are_independent(model):
     alone = ["".join(model.stream("cat", seed=seed, max_tokens=30)) for seed in (1, 2)]
     abandoned = model.stream("dog", seed=3)
     next(abandoned)
     streams = [model.stream("cat", seed=seed, max_tokens=30) for seed in (1, 2)]
-    together = ["".join(some) for some in zip(*(zip(*streams, strict=True)), strict=True)]
-    assert together == alone
+    interleaved = zip(*streams, strict=True)
+    assert ["".join(chunks) for chunks in zip(*interleaved, strict=True)] == alone
 
 
-def test_fast_and_plain_write_the_same_in_float32(file, monkeypatch):
+def test_both_decoders_generate_the_same_text_in_float32(file, monkeypatch):
     pytest.importorskip("numba")
-    texts = ["".join(nanogpt.load(file, dtype="float32").stream("The", seed=seed, max_tokens=60)) for seed in range(4)]
+
+    def texts():
+        return [
+            "".join(nanogpt.load(file, dtype="float32").stream("The", seed=seed, max_tokens=60))
+            for seed in range(4)
+        ]
+
+    compiled = texts()
     without_numba(monkeypatch)
-    assert texts == ["".join(nanogpt.load(file, dtype="float32").stream("The", seed=seed, max_tokens=60)) for seed in range(4)]
+    assert compiled == texts()
 
 
-def test_an_evaluation_in_int8_is_of_the_rounded_weights(file, tmp_path):
+def test_evaluation_in_int8_is_that_of_the_quantized_weights(file, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT * 5)
     losses = {}
     for dtype in ("float32", "int8"):
         model = nanogpt.load(file, dtype=dtype)
-        losses[dtype] = model.evaluate(tmp_path / "text.txt").val_loss
+        losses[dtype] = model.evaluate(tmp_path / "text.txt").loss
         ids = [model.tokenizer.encode(TEXT)]
-        written = [piece.logprob for _, piece in model.write([model.request(TEXT, seed=1, max_tokens=1, temperature=0)])]
-        logits = model.logits(ids)[0, -1, : len(set(TEXT))]  # of those that were learned
-        assert written[0] == pytest.approx(float(logits.max() - np.log(np.exp(logits).sum())), abs=1e-4 if dtype == "float32" else 1e-3)
+        request = model.make_request(TEXT, seed=1, max_tokens=1, temperature=0)
+        logprobs = [step.logprob for _, step in model.generate_many([request])]
+        logits = model.logits(ids)[0, -1, : len(set(TEXT))]  # without unseen tokens
+        expected = float(logits.max() - np.log(np.exp(logits).sum()))
+        tolerance = 1e-4 if dtype == "float32" else 1e-3
+        assert logprobs[0] == pytest.approx(expected, abs=tolerance)
     assert losses["int8"] != losses["float32"]
     assert losses["int8"] == pytest.approx(losses["float32"], rel=0.02)
 
 
-def test_what_slows_writing_is_remarked(model, monkeypatch, tmp_path):
-    tile = pytest.importorskip("nanogpt.generate.tile")
+def test_startup_notice_of_compilation_and_missing_numba(model, monkeypatch, tmp_path):
+    microkernel = pytest.importorskip("nanogpt.generate.numba_kernels.microkernel")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
-    for folder, told in ((tmp_path / "new" / "nanogpt" / "numba-of-before", True), (tile.kept_in(), False)):
+    outdated = tmp_path / "new" / "nanogpt" / "numba-outdated"
+    for folder, is_compiling in ((outdated, True), (microkernel.cache_folder(), False)):
         (folder / "some").mkdir(parents=True)
         (folder / "some" / "kernel.nbi").touch()
-        assert ("Compiling" in (model.remark or "")) == told
+        assert ("Compiling" in (model.startup_notice or "")) == is_compiling
     without_numba(monkeypatch)
-    assert "nanogpt[fast]" in model.remark
+    assert "nanogpt[fast]" in model.startup_notice
 
 
-def test_a_numba_that_does_not_start_is_done_without(model, monkeypatch, tmp_path):
-    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.4 or less. Got NumPy 2.6.')")
+def test_create_decoder_works_without_a_broken_numba(model, monkeypatch, tmp_path):
+    message = "Numba needs NumPy 2.4 or less. Got NumPy 2.6."
+    (tmp_path / "numba.py").write_text(f"raise ImportError({message!r})")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "numba", raising=False)
-    assert model.remark.endswith("Numba does not start: Numba needs NumPy 2.4 or less. Got NumPy 2.6.")
-    assert isinstance(decoder.open_decoder(model._model, model._machine), decoder.TorchDecoder)
+    assert model.startup_notice.endswith(f"does not start: {message}")
+    assert isinstance(create_decoder(model.module, model.machine), TorchDecoder)
 
 
-def test_rows_are_as_many_as_memory_holds(model, place, monkeypatch):
-    monkeypatch.setattr(decoder, "free_memory", lambda device: 2 * 5.5 * 2 * 2 * 32 * 16 * 4)
-    assert [decoder.open_decoder(model._model, place, "float32", rows).rows for rows in (1, 5, 6, 64)] == [1, 5, 5, 5]
-    requests = [model.request("cat", seed=seed, max_tokens=3) for seed in range(9)]
-    assert sum(piece.finish == "length" for _, piece in model.write(requests)) == 9
+def test_create_decoder_has_no_more_slots_than_memory_holds(model, machine, monkeypatch):
+    # Twice the memory of 5.5 slots: 2 layers, keys and values, 32 positions of 16 float32.
+    available = 2 * 5.5 * 2 * 2 * 32 * 16 * 4
+    monkeypatch.setattr(decoder, "available_memory", lambda device: available)
+    decoders = [create_decoder(model.module, machine, "float32", n) for n in (1, 5, 6, 64)]
+    assert [decoder.num_slots for decoder in decoders] == [1, 5, 5, 5]
+    requests = [model.make_request("cat", seed=seed, max_tokens=3) for seed in range(9)]
+    assert sum(step.finish_reason == "length" for _, step in model.generate_many(requests)) == 9
 
 
-def test_lines_with_a_slash_change_settings():
-    settings = SamplingConfig().model_dump() | {"n": 1, "seed": None}
-    for line in ("/top-k 5", "/temperature 0.5", "/stop END ", "/seed 3", "/n 2", "/max_tokens 7"):
-        settings = sample._changed(settings, line)
-    assert {"top_k": 5, "temperature": 0.5, "stop": ("END",), "seed": 3, "n": 2, "max_tokens": 7}.items() <= settings.items()
-    for line in ("/top-k", "/seed", "/n", "/stop"):
-        settings = sample._changed(settings, line)
-    assert {"top_k": None, "temperature": 0.5, "stop": (), "seed": None, "n": 1}.items() <= settings.items()
-    for line in ("/top-k -1", "/top-k x", "/n 0", "/seed -1", "/nothing", "/logit-bias 3", "/"):
+def test_slash_commands_change_settings():
+    settings = SamplingConfig().model_dump() | {"num_samples": 1, "seed": None}
+    for line in (
+        "/top-k 5",
+        "/temperature 0.5",
+        "/stop END ",
+        "/seed 3",
+        "/num-samples 2",
+        "/max_tokens 7",
+    ):
+        settings = interactive._apply_setting_command(settings, line)
+    assert {
+        "top_k": 5,
+        "temperature": 0.5,
+        "stop": ("END",),
+        "seed": 3,
+        "num_samples": 2,
+        "max_tokens": 7,
+    }.items() <= settings.items()
+    for line in ("/top-k", "/seed", "/num-samples", "/stop"):
+        settings = interactive._apply_setting_command(settings, line)
+    assert {
+        "top_k": None,
+        "temperature": 0.5,
+        "stop": (),
+        "seed": None,
+        "num_samples": 1,
+    }.items() <= settings.items()
+    for line in (
+        "/top-k -1",
+        "/top-k x",
+        "/num-samples 0",
+        "/seed -1",
+        "/nothing",
+        "/logit-bias 3",
+        "/",
+    ):
         with pytest.raises(UserError):
-            sample._changed(settings, line)
+            interactive._apply_setting_command(settings, line)
 
 
 class Terminal:
-    """A person at a terminal with `nanogpt sample`."""
+    """A pseudo-terminal that runs `nanogpt sample`."""
 
-    def __init__(self, *words):
-        self.own, theirs = os.openpty()
-        command = [sys.executable, "-m", "nanogpt", "sample", *map(str, words)]
-        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=self._own, env=os.environ | {"TERM": "dumb"})
-        os.close(theirs)
+    def __init__(self, *args):
+        self.controller, terminal = os.openpty()
+        command = [sys.executable, "-m", "nanogpt", "sample", *map(str, args)]
+        self.process = subprocess.Popen(
+            command,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            preexec_fn=self._make_controlling,
+            env=os.environ | {"TERM": "dumb"},
+        )
+        os.close(terminal)
 
     @staticmethod
-    def _own():
-        """Make it the terminal of the process, so that Ctrl-C reaches it."""
+    def _make_controlling():
+        """Make it the controlling terminal of the process, so that Ctrl-C reaches it."""
         import fcntl
         import termios
 
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored by what a shell began in the background
+        # Background processes of a shell ignore SIGINT.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     def read_until(self, end, seconds=300):
-        """What appears on the screen until it ends so."""
-        screen, until = "", time.monotonic() + seconds
-        while not screen.endswith(end):
-            ready, _, _ = select.select([self.own], [], [], max(0, until - time.monotonic()))
-            assert ready, f"no {end!r} within {seconds} s, but {screen!r}"
-            screen += os.read(self.own, 1).decode("latin-1")
-        return screen
+        """Read the output until it ends with `end`; return it."""
+        output, deadline = "", time.monotonic() + seconds
+        while not output.endswith(end):
+            timeout = max(0, deadline - time.monotonic())
+            ready, _, _ = select.select([self.controller], [], [], timeout)
+            assert ready, f"no {end!r} within {seconds} s, but {output!r}"
+            output += os.read(self.controller, 1).decode("latin-1")
+        return output
 
     def type(self, keys):
-        os.write(self.own, keys.encode())
+        os.write(self.controller, keys.encode())
 
     def close(self):
         self.process.kill()
         self.process.wait()
-        os.close(self.own)
+        os.close(self.controller)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX terminals")
-def test_prompts_and_texts_in_turn_at_a_terminal(file):
-    for visit in range(2):
+def test_interactive_mode_at_a_terminal(file):
+    for run in range(2):
         terminal = Terminal(file, "--max-tokens", 30, "--dtype", "float32")
         try:
             assert "/help" in terminal.read_until("> ")
-            if visit:
-                terminal.type("\x10")  # the line before, of the last visit
+            if run:
+                terminal.type("\x10")  # the last line of the previous run, from the history
                 terminal.read_until("/quit")
-                terminal.type("\x15\x04")  # emptied, and the end
+                terminal.type("\x15\x04")  # clear the line, then end of input
                 assert terminal.process.wait(30) == 0
                 continue
             terminal.type("/seed 3\n")
             terminal.read_until("\n> ")
             terminal.type("The cat\n")
-            expected = "The cat" + "".join(nanogpt.load(file, dtype="float32").stream("The cat", seed=3, max_tokens=30))
+            expected = "The cat" + "".join(
+                nanogpt.load(file, dtype="float32").stream("The cat", seed=3, max_tokens=30)
+            )
             assert expected.replace("\n", "\r\n") in terminal.read_until("\n> ")
             terminal.type("/nonsense\n")
-            assert "There is no /nonsense" in terminal.read_until("\n> ")
+            assert "Unknown setting: /nonsense" in terminal.read_until("\n> ")
             terminal.type("日\n")
             assert "U+65E5" in terminal.read_until("\n> ")
             terminal.type("/help\n")
@@ -224,8 +295,8 @@ def test_prompts_and_texts_in_turn_at_a_terminal(file):
             terminal.type("/max-tokens 100000000\n")
             terminal.read_until("\n> ")
             terminal.type("The cat\n")
-            terminal.read_until("The cat\r\n")  # what was typed,
-            terminal.read_until("The cat")  # and what is written
+            terminal.read_until("The cat\r\n")  # the echo
+            terminal.read_until("The cat")  # the sample
             time.sleep(0.3)
             terminal.type("\x03")
             terminal.read_until("\n> ")

@@ -1,48 +1,51 @@
-"""Trackers get the numbers of metrics.jsonl, and cannot end a run. Each is tried with the real program where it is installed, and otherwise with a stand-in."""
+"""Trackers receive the numbers of metrics.jsonl, and cannot end a run.
+
+All are tested with a fake package; TensorBoard and trackio also with the real one if installed.
+"""
 
 import sys
 import types
 
 import pytest
-from conftest import TINY
+from helpers import TINY
 
 import nanogpt
-from nanogpt import cli
+from nanogpt.cli.main import main
 from nanogpt.errors import Notice, UserError
-from nanogpt.report import Evaluated, Stepped, read_records
-from nanogpt.report.trackers import NUMBERS, TRACKERS
+from nanogpt.run_folder import read_jsonl
+from nanogpt.trackers import METRICS, TRACKERS
+from nanogpt.training.events import EvalEnd, StepEnd
 
 SETTINGS = TINY | {"steps": 4, "eval_every": 2, "dropout": 0.0}
 
 
 class Recorder(types.ModuleType):
-    """Stands in for any of the three packages, and keeps what it was told."""
+    """A fake of all three packages that records its calls."""
 
     def __init__(self):
         super().__init__("recorder")
-        self.begun, self.told, self.finished, self.fails = {}, [], 0, False
+        self.init_args, self.logged, self.num_finished, self.fails = {}, [], 0, False
 
     def init(self, **settings):
-        self.begun = settings
+        self.init_args = settings
         return self
 
-    def SummaryWriter(self, folder, purge_step):
-        self.begun = {"folder": folder, "purge_step": purge_step}
-        return self
+    def SummaryWriter(self, folder, purge_step):  # noqa: N802 (TensorBoard's name)
+        return self.init(folder=folder, purge_step=purge_step)
 
-    def Settings(self, **settings):
+    def Settings(self, **settings):  # noqa: N802 (the name in wandb)
         return settings
 
     def log(self, values, step):
         if self.fails:
             raise RuntimeError("the disk of the tracker is full")
-        self.told.append((step, dict(values)))
+        self.logged.append((step, dict(values)))
 
     def add_scalar(self, name, value, step):
         self.log({name: value}, step)
 
     def finish(self):
-        self.finished += 1
+        self.num_finished += 1
 
     close = finish
 
@@ -55,89 +58,111 @@ def recorder(monkeypatch):
     return recorder
 
 
-def wanted(run):
-    """Every number that a tracker is to get, in order."""
-    for record in read_records(run / "metrics.jsonl"):
-        yield from ((record["step"], name, record[name]) for name in NUMBERS[Evaluated if "val_loss" in record else Stepped])
+def expected_numbers(run):
+    """Yield every number that a tracker should receive: (step, name, value)."""
+    for record in read_jsonl(run / "metrics.jsonl"):
+        for name in METRICS[EvalEnd if "val_loss" in record else StepEnd]:
+            yield record["step"], name, record[name]
 
 
 @pytest.mark.parametrize("name", TRACKERS)
-def test_a_tracker_gets_every_number_and_is_told_of_the_end(story, tmp_path, recorder, name, monkeypatch):
+def test_tracker_receives_every_number_and_is_finished(
+    story, tmp_path, recorder, name, monkeypatch
+):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     nanogpt.train(story, tmp_path / "run", track=name, **SETTINGS)
-    assert [(step, key, value) for step, values in recorder.told for key, value in values.items()] == list(wanted(tmp_path / "run"))
-    assert len(recorder.told) > 4
-    assert recorder.finished == 1
+    logged = [(step, *item) for step, values in recorder.logged for item in values.items()]
+    assert logged == list(expected_numbers(tmp_path / "run"))
+    assert len(recorder.logged) > 4
+    assert recorder.num_finished == 1
     if name == "tensorboard":
-        assert recorder.begun == {"folder": tmp_path / "run" / "tensorboard", "purge_step": None}
+        folder = tmp_path / "run" / "tensorboard"
+        assert recorder.init_args == {"folder": folder, "purge_step": None}
     else:
-        assert (recorder.begun["project"], recorder.begun["name"], recorder.begun["config"]["n_embd"]) == ("nanogpt", "run", 16)
+        init_args = recorder.init_args
+        assert (init_args["project"], init_args["name"]) == ("nanogpt", "run")
+        assert init_args["config"]["n_embd"] == 16
     if name == "wandb":
-        assert recorder.begun["mode"] == "offline"
+        assert recorder.init_args["mode"] == "offline"
 
 
-def test_what_a_person_set_for_wandb_stands(story, tmp_path, recorder, monkeypatch):
+def test_wandb_mode_of_the_environment_is_kept(story, tmp_path, recorder, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     nanogpt.train(story, tmp_path / "run", track=["wandb"], **SETTINGS)
-    assert recorder.begun["mode"] == "disabled"
+    assert recorder.init_args["mode"] == "disabled"
 
 
-def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(story, tmp_path, recorder):
+def test_tracker_failure_is_a_notice_and_the_run_continues(story, tmp_path, recorder):
     recorder.fails = True
-    with pytest.warns(Notice, match="trackio failed, so the run goes on without it: the disk of the tracker is full") as warned:
+    message = "trackio failed; the run continues without it: the disk of the tracker is full"
+    with pytest.warns(Notice, match=message) as warnings:
         nanogpt.train(story, tmp_path / "run", track=["trackio"], **SETTINGS)
-    assert len(warned) == 1
-    assert recorder.finished == 0
-    assert read_records(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 4
+    assert len(warnings) == 1
+    assert recorder.num_finished == 0
+    assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 4
 
 
-def test_a_tracker_is_told_of_the_end_also_when_the_run_fails(story, tmp_path, recorder):
+def test_tracker_is_finished_when_the_run_fails(story, tmp_path, recorder):
     def fail(event):
         if getattr(event, "step", 0) == 3:
-            raise RuntimeError("the program's own")
+            raise RuntimeError("caller's error")
 
-    with pytest.raises(RuntimeError, match="the program's own"):
-        nanogpt.train(story, tmp_path / "run", track=["wandb", "trackio"], on_event=fail, **SETTINGS)
-    assert recorder.finished == 2
+    with pytest.raises(RuntimeError, match="caller's error"):
+        nanogpt.train(
+            story, tmp_path / "run", track=["wandb", "trackio"], on_event=fail, **SETTINGS
+        )
+    assert recorder.num_finished == 2
 
 
-@pytest.mark.parametrize(("name", "module"), [(name, module) for name, (module, _) in TRACKERS.items()])
-def test_a_tracker_that_is_not_installed_is_refused_before_any_work(story, tmp_path, monkeypatch, capsys, name, module):
+@pytest.mark.parametrize(
+    ("name", "module"), [(name, module) for name, (module, _) in TRACKERS.items()]
+)
+def test_tracker_not_installed_fails_before_any_work(
+    story, tmp_path, monkeypatch, capsys, name, module
+):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SystemExit) as left:
-        cli.main(["train", str(story), "--out", str(tmp_path / "run"), "--track", name])
-    assert left.value.code == 2
-    said = capsys.readouterr().err
-    assert f"--track {name} takes a package that is not installed" in said
-    assert f"pip install {name}" in said
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", str(story), "--out", str(tmp_path / "run"), "--track", name])
+    assert exit_info.value.code == 2
+    stderr = capsys.readouterr().err
+    assert f"Tracker {name} needs a package that is not installed" in stderr
+    assert f"pip install {name}" in stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_there_are_three_trackers(story, tmp_path):
-    with pytest.raises(UserError, match=r"no tracker 'mlflow'.\nThe trackers: tensorboard, trackio, wandb"):
+def test_tracker_unknown_name_fails(story, tmp_path):
+    message = r"Unknown tracker: 'mlflow'.\nUse one of: tensorboard, trackio, wandb"
+    with pytest.raises(UserError, match=message):
         nanogpt.train(story, tmp_path / "run", track="mlflow", **SETTINGS)
 
 
-def test_a_run_that_is_tracked_needs_a_folder(story, recorder):
+def test_tracker_requires_a_run_folder(story, recorder):
     with pytest.raises(UserError, match="needs a folder"):
         nanogpt.train(story, track="tensorboard", **SETTINGS)
 
 
-def test_tensorboard_reads_what_was_written(story, tmp_path):
+def test_tensorboard_files_hold_every_number(story, tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     nanogpt.train(story, tmp_path / "run", track="tensorboard", **SETTINGS)
     events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     for name in ("train_loss", "val_loss", "learning_rate"):
-        told = [(step, value) for step, key, value in wanted(tmp_path / "run") if key == name]
-        assert [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)] == told
+        numbers = expected_numbers(tmp_path / "run")
+        expected = [(step, value) for step, key, value in numbers if key == name]
+        scalars = [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)]
+        assert scalars == expected
 
 
-def test_trackio_has_what_was_written(story, tmp_path, monkeypatch, capsys):
+def test_trackio_database_holds_every_number(story, tmp_path, monkeypatch, capsys):
     pytest.importorskip("trackio")
     storage = pytest.importorskip("trackio.sqlite_storage")
     monkeypatch.setattr(storage, "TRACKIO_DIR", tmp_path / "trackio")
     nanogpt.train(story, tmp_path / "run", track="trackio", **SETTINGS)
-    told = [(record["step"], name, value) for record in storage.SQLiteStorage.get_logs("nanogpt", "run") for name, value in record.items()]
-    assert [entry for entry in told if entry[1] not in ("step", "timestamp")] == list(wanted(tmp_path / "run"))
+    logged = [
+        (record["step"], name, value)
+        for record in storage.SQLiteStorage.get_logs("nanogpt", "run")
+        for name, value in record.items()
+    ]
+    numbers = [entry for entry in logged if entry[1] not in ("step", "timestamp")]
+    assert numbers == list(expected_numbers(tmp_path / "run"))
     assert not capsys.readouterr().out
