@@ -1,8 +1,9 @@
-"""The textbook GPT: what every claim of speed here is measured against, in the same run.
+"""A textbook GPT: the baseline of every claim about speed, measured in the same run.
 
-Plain float32 PyTorch as a good tutorial has it: `torch.nn` blocks of the seed's shape (6 layers, 6 heads, 384 wide, context 256, dropout 0.2), AdamW, batch
-32, and generation that reads the whole window again for every character. No compiler, no mixed precision, no cache, and the memory
-allocator as it comes. As a program it times its own training step and generation (step.py times its step beside nanogpt's):
+Plain float32 PyTorch, as in a good tutorial: `torch.nn` blocks with the shape of the preset nano
+(6 layers, 6 heads, 384 channels, context 256, dropout 0.2), AdamW, batch 32, and generation that
+recomputes the full window for every character. No compiler, mixed precision, KV cache or malloc
+tuning. Run as a program, it times its own training step and generation:
 
     python benchmarks/baseline.py [--text shakespeare] [--steps 5] [--threads N]
 """
@@ -18,50 +19,72 @@ import torch.nn.functional as F
 from cyclopts import App
 from torch import Tensor, nn
 
-from nanogpt.corpus import expand
+from nanogpt.data.sources import resolve_sources
 
 app = App(help=__doc__)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the stream."""
+    """A pre-norm transformer block: causal self-attention and an MLP."""
 
     def __init__(self, n_head: int, n_embd: int, dropout: float):
         super().__init__()
-        self.n_head, self.dropout = n_head, dropout
-        self.norm_1, self.norm_2 = nn.LayerNorm(n_embd), nn.LayerNorm(n_embd)
-        self.qkv, self.out = nn.Linear(n_embd, 3 * n_embd), nn.Linear(n_embd, n_embd)
-        self.feed_forward = nn.Sequential(nn.Linear(n_embd, 4 * n_embd), nn.GELU(), nn.Linear(4 * n_embd, n_embd), nn.Dropout(dropout))
+        self.n_head = n_head
+        self.dropout = dropout
+        self.norm_1 = nn.LayerNorm(n_embd)
+        self.qkv = nn.Linear(n_embd, 3 * n_embd)
+        self.out = nn.Linear(n_embd, n_embd)
         self.drop = nn.Dropout(dropout)
+        self.norm_2 = nn.LayerNorm(n_embd)
+        self.mlp = nn.Sequential(
+            nn.Linear(n_embd, 4 * n_embd),
+            nn.GELU(),
+            nn.Linear(4 * n_embd, n_embd),
+            nn.Dropout(dropout),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.qkv(self.norm_1(x)).split(C, dim=2))
-        rate = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=rate).transpose(1, 2).reshape(B, T, C)
+        q, k, v = self.qkv(self.norm_1(x)).split(C, dim=2)  # (B, T, C)
+        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, self.n_head, -1).transpose(1, 2)
+        v = v.view(B, T, self.n_head, -1).transpose(1, 2)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        y = y.transpose(1, 2).reshape(B, T, C)
         x = x + self.drop(self.out(y))
-        return x + self.feed_forward(self.norm_2(x))
+        return x + self.mlp(self.norm_2(x))
 
 
 class Textbook(nn.Module):
-    """Token and position embeddings, blocks, a LayerNorm, a linear layer onto the vocabulary."""
+    """A GPT: token and position embeddings, blocks, a LayerNorm and a linear output layer."""
 
-    def __init__(self, vocab_size: int, n_layer: int = 6, n_head: int = 6, n_embd: int = 384, context_length: int = 256, dropout: float = 0.2):
+    def __init__(
+        self,
+        vocab_size: int,
+        n_layer: int = 6,
+        n_head: int = 6,
+        n_embd: int = 384,
+        context_length: int = 256,
+        dropout: float = 0.2,
+    ):
         super().__init__()
         self.context_length = context_length
-        self.tokens, self.positions = nn.Embedding(vocab_size, n_embd), nn.Embedding(context_length, n_embd)
+        self.tokens = nn.Embedding(vocab_size, n_embd)
+        self.positions = nn.Embedding(context_length, n_embd)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.Sequential(*(Block(n_head, n_embd, dropout) for _ in range(n_layer)))
-        self.norm, self.head = nn.LayerNorm(n_embd), nn.Linear(n_embd, vocab_size)
+        self.norm = nn.LayerNorm(n_embd)
+        self.head = nn.Linear(n_embd, vocab_size)
 
     def forward(self, idx: Tensor) -> Tensor:
-        """idx (B, T) -> logits (B, T, V)."""
+        """Compute the logits (B, T, V) of token ids (B, T)."""
         x = self.dropout(self.tokens(idx) + self.positions(torch.arange(idx.shape[1])))
         return self.head(self.norm(self.blocks(x)))
 
     @torch.no_grad()
     def generate(self, idx: Tensor, count: int) -> Tensor:
-        """Continue idx (1, T) by `count` tokens, reading the window anew for each."""
+        """Append `count` tokens to idx (1, T), recomputing the window for each."""
         self.eval()
         for _ in range(count):
             logits = self(idx[:, -self.context_length :])[:, -1]
@@ -70,18 +93,23 @@ class Textbook(nn.Module):
 
 
 def read(text: str) -> tuple[Tensor, int]:
-    """The text as character numbers (N,), and how many different characters it has."""
-    content = "".join(chunk for document in expand([text]) for chunk in document.chunks())
-    number = {letter: i for i, letter in enumerate(sorted(set(content)))}
-    return torch.tensor([number[letter] for letter in content]), len(number)
+    """Return a text as character ids (N,), and the number of distinct characters."""
+    content = "".join(
+        chunk for document in resolve_sources([text]) for chunk in document.iter_text()
+    )
+    char_ids = {char: i for i, char in enumerate(sorted(set(content)))}
+    return torch.tensor([char_ids[char] for char in content]), len(char_ids)
 
 
-def train_step(model: Textbook, optimizer: torch.optim.Optimizer, data: Tensor, batch_size: int = 32) -> float:
-    """One update on windows from random places; gives the loss."""
+def train_step(
+    model: Textbook, optimizer: torch.optim.Optimizer, data: Tensor, batch_size: int = 32
+) -> float:
+    """Run one training step on random windows; return the loss."""
     model.train()
     T = model.context_length
     starts = torch.randint(len(data) - T, (batch_size,)).tolist()
-    x, y = (torch.stack([data[start + shift : start + shift + T] for start in starts]) for shift in (0, 1))
+    x = torch.stack([data[start : start + T] for start in starts])  # (B, T)
+    y = torch.stack([data[start + 1 : start + 1 + T] for start in starts])
     loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -91,35 +119,38 @@ def train_step(model: Textbook, optimizer: torch.optim.Optimizer, data: Tensor, 
 
 
 def seconds(work: Callable[[], object], runs: int, warmup: int = 2) -> list[float]:
-    """How long each of `runs` calls takes, after some that do not count."""
+    """Return the seconds of each of `runs` calls, after `warmup` untimed calls."""
     for _ in range(warmup):
         work()
     times = []
     for _ in range(runs):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         work()
-        times.append(time.perf_counter() - begin)
+        times.append(time.perf_counter() - start)
     return times
 
 
 def spread(times: Iterable[float]) -> str:
-    """Median, and the extremes."""
+    """Format the median and the extremes."""
     times = sorted(times)
     return f"{statistics.median(times):.3f} s ({times[0]:.3f} to {times[-1]:.3f})"
 
 
 def peak_memory() -> float:
-    """The most memory this process has had, in MiB; not a number where the system does not tell."""
+    """Return the peak memory of this process in MiB; nan on Windows."""
     try:
         import resource
-    except ImportError:  # Windows
+    except ImportError:
         return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 @app.default
-def main(*, text: str = "shakespeare", steps: int = 5, tokens: int = 64, threads: int | None = None) -> None:
-    """Time the textbook loop on the seed's recipe."""
+def main(
+    *, text: str = "shakespeare", steps: int = 5, tokens: int = 64, threads: int | None = None
+) -> None:
+    """Time the textbook loop with the preset nano."""
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(1337)
@@ -127,11 +158,14 @@ def main(*, text: str = "shakespeare", steps: int = 5, tokens: int = 64, threads
     model = Textbook(vocab_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1)
     times = seconds(lambda: train_step(model, optimizer, data), steps)
-    print(f"textbook step     {spread(times)}, {32 * 256 / statistics.median(times):,.0f} tokens/s, {torch.get_num_threads()} threads")
+    train_rate = 32 * 256 / statistics.median(times)
+    threads_used = torch.get_num_threads()
+    print(f"textbook step      {spread(times)}, {train_rate:,.0f} tokens/s, {threads_used} threads")
     window = data[None, : model.context_length]
-    pace = seconds(lambda: model.generate(window, tokens), 3, warmup=1)
-    print(f"textbook writes   {tokens / statistics.median(pace):,.1f} tokens/s with a full window")
-    print(f"textbook memory   {peak_memory():,.0f} MiB at its peak")
+    decode_times = seconds(lambda: model.generate(window, tokens), 3, warmup=1)
+    decode_rate = tokens / statistics.median(decode_times)
+    print(f"textbook decoding  {decode_rate:,.1f} tokens/s with a full window")
+    print(f"textbook memory    {peak_memory():,.0f} MiB peak")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""The experiments that `nanogpt.recipe` is fitted to: models of several sizes, steps, learning rates, dropout, weight decay, whole and cut-off texts.
+"""Run the experiments that the recipe of `nanogpt.training.recipe` is fitted to, and fit it.
 
     python benchmarks/recipe.py [--text shakespeare] [--table benchmarks/recipe.csv]
 
-Each row of the table is one training run, with the recipe's own settings but for those in the row; rows that have no loss yet are run, and the table is
-written anew. To repeat one, or to try another text, take losses out of a copy.
-The text's last tenth, on which models are judged everywhere else, is left out: these runs learn from the first nine tenths of the rest, or from a share of
-that, and are measured on its last tenth. The last line printed has the constants that fit the table, which stand in recipe.py. Two cores take minutes to an
-hour for a row; those with seeds 1 to 3 were made on an H200. One that was made on both came to 1.3922 there, and to 1.3929 on two cores.
+Each row of the table is one training run with the recipe's settings, except for those in the row.
+Rows without a loss are run, and the table is updated. To repeat a run or to try another text,
+delete losses from a copy. The last line printed holds the constants of the scaling law.
+
+The last tenth of the text, on which models are evaluated everywhere else, is left out. The runs
+train on the first nine tenths of the rest, or on a fraction of them. They validate on its last
+tenth.
+A row takes minutes to an hour on two CPU cores.
 """
 
 import csv
@@ -18,83 +21,108 @@ from cyclopts import App
 
 import nanogpt
 from nanogpt.config import ModelConfig
-from nanogpt.corpus import expand
-from nanogpt.plan import body_parameters
-from nanogpt.recipe import decay_for, heads_for, learning
+from nanogpt.data.sources import resolve_sources
+from nanogpt.plan.model_size import non_embedding_matmul_params
+from nanogpt.training.recipe import ScalingLaw, lr_settings, muon_weight_decay, num_heads_for
 
 app = App(help=__doc__)
-ROWS, CONTEXT = 8, 256
+BATCH_SIZE = 8
+CONTEXT_LENGTH = 256
+REPEAT_DECAYS = (0.5, 1, 1.5, 2, 3, 5, 10, 15.4)
 
 
-def shape(row: dict[str, str]) -> dict[str, int]:
-    """The model's layers, heads and width."""
+def model_shape(row: dict[str, str]) -> dict[str, int]:
     n_layer, n_embd = int(row["n_layer"]), int(row["n_embd"])
-    return {"n_layer": n_layer, "n_head": heads_for(n_embd), "n_embd": n_embd}
+    return {"n_layer": n_layer, "n_head": num_heads_for(n_embd), "n_embd": n_embd}
 
 
 def run(row: dict[str, str], text: Path, val: Path) -> float:
-    """Train, and give the loss of the best model on the whole validation text."""
-    steps, rate = int(row["steps"]), float(row["rate"])
-    model = shape(row) | {"arch": "modern", "context_length": CONTEXT, "dropout": float(row["dropout"])}
-    rates = {"matrix_learning_rate": rate, "learning_rate": rate / 5, "weight_decay": float(row["decay"]), "seed": int(row["seed"])}
-    settings = learning(steps) | rates | {"batch_size": ROWS, "steps": steps, "eval_every": max(1, steps // 4)}
-    return nanogpt.train(text, val=str(val), **model, **settings).summary["val_loss"]
+    """Train one row, and return the loss of the best model on the full validation text."""
+    steps, learning_rate = int(row["steps"]), float(row["rate"])
+    settings = lr_settings(steps) | {
+        "muon_learning_rate": learning_rate,
+        "learning_rate": learning_rate / 5,
+        "weight_decay": float(row["decay"]),
+        "seed": int(row["seed"]),
+        "arch": "qwen3",
+        "context_length": CONTEXT_LENGTH,
+        "dropout": float(row["dropout"]),
+        "batch_size": BATCH_SIZE,
+        "steps": steps,
+        "eval_every": max(1, steps // 4),
+    }
+    model = nanogpt.train(text, val_text=str(val), **settings, **model_shape(row))
+    return model.summary["val_loss"]
 
 
-def fit(rows: list[dict[str, str]]) -> dict[str, float]:
-    """L = floor + A / parameters^a + B / tokens^b (Hoffmann et al. 2022, section 3.3) by least squares, where to read again counts for less, the sooner the
-    lower R is (Muennighoff et al. 2023, eq. 5).
+def uses_recipe(row: dict[str, str], epochs: float) -> bool:
+    """Return True for the full text, no dropout, and about the recipe's rate and weight decay."""
+    steps, learning_rate = int(row["steps"]), float(row["rate"])
+    lr_ratio = learning_rate / lr_settings(steps)["muon_learning_rate"]
+    decay_ratio = float(row["decay"]) / muon_weight_decay(epochs, steps, learning_rate)
+    is_near = all(0.8 < ratio < 1.25 for ratio in (lr_ratio, decay_ratio))
+    return is_near and float(row["share"]) == 1 and float(row["dropout"]) == 0
 
-    Used are the rows on the whole text, without dropout, with about the rate and the weight decay that the recipe would take.
+
+def fit(rows: list[dict[str, str]]) -> tuple[ScalingLaw, dict[str, float]]:
+    """Fit the scaling law by least squares, over a grid of exponents and repeat decays.
+
+    The law is that of Hoffmann et al. 2022, section 3.3, where tokens of repeated epochs count for
+    less (Muennighoff et al. 2023, equation 5). Only rows with the recipe's settings are used.
+
+    Returns:
+        The law; and its floor, the number of rows and the error (rms, nats per token).
     """
-    losses, sizes, read, again = [], [], [], []
+    losses, num_params, unique_tokens, repeat_epochs = [], [], [], []
     for row in rows:
-        steps, rate, tokens = int(row["steps"]), float(row["rate"]), int(row["train_tokens"])
-        readings = steps * ROWS * CONTEXT / tokens
-        ratios = rate / learning(steps)["matrix_learning_rate"], float(row["decay"]) / decay_for(readings, steps, rate)
-        as_chosen = all(0.8 < ratio < 1.25 for ratio in ratios)
-        if float(row["share"]) == 1 and float(row["dropout"]) == 0 and as_chosen:
+        tokens = int(row["train_tokens"])
+        epochs = int(row["steps"]) * BATCH_SIZE * CONTEXT_LENGTH / tokens
+        if uses_recipe(row, epochs):
+            model = ModelConfig(arch="qwen3", **model_shape(row))
             losses.append(float(row["val_loss"]))
-            sizes.append(body_parameters(ModelConfig(arch="modern", **shape(row))) / 1e6)
-            read.append(min(1.0, readings) * tokens / 1e6)
-            again.append(max(0.0, readings - 1))
-    best: tuple[float, dict[str, float]] = (np.inf, {})
+            num_params.append(non_embedding_matmul_params(model) / 1e6)
+            unique_tokens.append(min(1.0, epochs) * tokens / 1e6)
+            repeat_epochs.append(max(0.0, epochs - 1))
+    N, repeats = np.array(num_params), np.array(repeat_epochs)
+    best: tuple[ScalingLaw, dict[str, float]] = (ScalingLaw(), {"error": np.inf})
     exponents = np.arange(0.1, 1.01, 0.05)
-    for R in (0.5, 1, 1.5, 2, 3, 5, 10, 15.4):
-        worth = np.array(read) * (1 + R * (1 - np.exp(-np.array(again) / R)))
-        for a in exponents:
-            for b in exponents:
-                terms = np.stack([np.ones(len(losses)), np.array(sizes) ** -a, worth**-b], axis=1)
+    for decay in REPEAT_DECAYS:
+        D = np.array(unique_tokens) * (1 + decay * (1 - np.exp(-repeats / decay)))
+        for alpha in exponents:
+            for beta in exponents:
+                terms = np.stack([np.ones(len(losses)), N**-alpha, D**-beta], axis=1)
                 (floor, A, B), *_ = np.linalg.lstsq(terms, losses, rcond=None)
                 error = float(np.sqrt(np.mean((terms @ [floor, A, B] - losses) ** 2)))
-                if error < best[0] and min(floor, A, B) > 0:
-                    best = (error, {"floor": floor, "A": A, "a": a, "B": B, "b": b, "R": R, "rows": len(losses), "error": error})
-    return best[1]
+                if error < best[1]["error"] and min(floor, A, B) > 0:
+                    law = ScalingLaw(A, alpha, B, beta, decay)
+                    best = law, {"floor": floor, "rows": len(losses), "error": error}
+    return best
 
 
 @app.default
 def main(*, text: str = "shakespeare", table: Path = Path(__file__).with_suffix(".csv")) -> None:
-    """Run what is missing in the table, and fit."""
+    """Run the rows that have no loss yet, and fit the law."""
     with table.open() as file:
         rows = list(csv.DictReader(file))
-    whole = "".join(chunk for document in expand([text]) for chunk in document.chunks())
-    whole = whole[: len(whole) * 9 // 10]
-    split = len(whole) * 9 // 10
+    full = "".join(chunk for document in resolve_sources([text]) for chunk in document.iter_text())
+    full = full[: len(full) * 9 // 10]
+    split = len(full) * 9 // 10
     with tempfile.TemporaryDirectory() as folder:
-        part, val = Path(folder) / "part.txt", Path(folder) / "val.txt"
-        val.write_text(whole[split:], encoding="utf-8", newline="")
+        train, val = Path(folder) / "part.txt", Path(folder) / "val.txt"
+        val.write_text(full[split:], encoding="utf-8", newline="")
         for row in rows:
             if row["val_loss"]:
                 continue
             length = int(split * float(row["share"]))
-            part.write_text(whole[:length], encoding="utf-8", newline="")
-            row |= {"train_tokens": str(length), "val_loss": f"{run(row, part, val):.4f}"}
+            train.write_text(full[:length], encoding="utf-8", newline="")
+            row |= {"train_tokens": str(length), "val_loss": f"{run(row, train, val):.4f}"}
             with table.open("w", newline="") as file:
                 writer = csv.DictWriter(file, rows[0], lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
             print(*row.values(), flush=True)
-    print(", ".join(f"{name} {value:.4g}" for name, value in fit(rows).items()))
+    law, quality = fit(rows)
+    print(", ".join(f"{name} {value:.4g}" for name, value in (vars(law) | quality).items()))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""The server under many clients at once: errors, how evenly they are served, time to the first token, tokens a second beside those of the engine alone, memory.
+"""Load-test the server: errors, fairness, time to first token, throughput and memory.
 
-Each client streams one text after another, with seeds of its own, for so many seconds, and comes again when it is told to. With `--deterministic`, some of the
-texts are then compared with what the library writes alone. Afterwards small requests follow each other, and the server's memory is told before and after:
+Each client streams completions, one after another, with seeds of its own, and waits after a 429
+as long as the server says. With `--deterministic`, some completions are compared with those of the
+library alone. Afterwards small requests run in sequence, and memory is measured before and after:
 
-    python benchmarks/serve.py [runs/book] [--clients 100] [--seconds 60] [--max-tokens 200] [--requests 10000] [--deterministic]
+    python benchmarks/serve.py [runs/book] [--clients 100] [--seconds 60] [--deterministic]
 
-Without a model, one of the seed's size with random weights is used, which is as fast. Linux only: memory is resident memory in /proc.
+Without a model, one of preset `nano` with random weights is used. Linux only, because memory is
+read from /proc.
 """
 
 import asyncio
@@ -18,6 +20,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,161 +29,232 @@ from cyclopts import App
 
 app = App(help=__doc__)
 PROMPT = "The quick brown fox jumps over the lazy dog. "
-CHECKED = 20  # texts that are written again
-ALONE = """
+MAX_COMPARED = 20  # completions compared with the library alone
+ENGINE_SCRIPT = """
 import sys, time
-from nanogpt import library
-model = library.load(sys.argv[1], deterministic=sys.argv[4] == "True")
-rows, steps = int(sys.argv[2]), int(sys.argv[3])
-engine = model.engine(rows)
-for seed in range(rows):
-    engine.add(model.request(sys.argv[5], seed=seed, temperature=1.0, max_tokens=10**6))
+import nanogpt
+model = nanogpt.load(sys.argv[1], deterministic=sys.argv[4] == "True")
+batch_size, steps = int(sys.argv[2]), int(sys.argv[3])
+engine = model.create_engine(batch_size)
+for seed in range(batch_size):
+    engine.add(model.make_request(sys.argv[5], seed=seed, temperature=1.0, max_tokens=10**6))
 for _ in range(3):
     engine.step()
-begin = time.perf_counter()
-made = sum(len(engine.step()) for _ in range(steps))
-print(made / (time.perf_counter() - begin))
+start = time.perf_counter()
+num_tokens = sum(len(engine.step()) for _ in range(steps))
+print(num_tokens / (time.perf_counter() - start))
 """
 
 
 @dataclass
-class Client:
-    """What one client saw."""
+class ClientResult:
+    """The results of one client."""
 
-    texts: dict[int, str] = field(default_factory=dict)  # by their seeds
-    firsts: list[float] = field(default_factory=list)  # seconds to the first token
+    texts: dict[int, str] = field(default_factory=dict)  # by seed
+    first_token_seconds: list[float] = field(default_factory=list)
     tokens: int = 0
-    refused: int = 0
+    rejected: int = 0
     errors: Counter[str] = field(default_factory=Counter)
 
 
-async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: dict[str, object]) -> tuple[int, dict[str, str], bytes, float]:
-    """Status, headers and body of an answer, and seconds to its first byte; a client of a few lines, so that the machine is the server's."""
-    body, begin = json.dumps(asked).encode(), time.perf_counter()
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
-    first = time.perf_counter() - begin
-    headers = dict(line.split(": ", 1) for line in head[1:] if line)
+@dataclass
+class Response:
+    """An HTTP response, with the seconds until its headers arrived."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    seconds: float
+
+
+async def post(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: dict[str, object]
+) -> Response:
+    """Send a completion request; a minimal client leaves the processor to the server."""
+    body = json.dumps(request).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    start = time.perf_counter()
+    writer.write(head.encode() + body)
+    lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
+    seconds = time.perf_counter() - start
+    status = int(lines[0].split()[1])
+    headers = dict(line.split(": ", 1) for line in lines[1:] if line)
     if "content-length" in headers:
-        return int(head[0].split()[1]), headers, await reader.readexactly(int(headers["content-length"])), first
-    parts = []
+        content = await reader.readexactly(int(headers["content-length"]))
+        return Response(status, headers, content, seconds)
+    chunks = []
     while size := int(await reader.readuntil(b"\r\n"), 16):
-        parts.append((await reader.readexactly(size + 2))[:-2])
+        chunks.append((await reader.readexactly(size + 2))[:-2])
     await reader.readexactly(2)
-    return int(head[0].split()[1]), headers, b"".join(parts), first
+    return Response(status, headers, b"".join(chunks), seconds)
 
 
-async def client(port: int, number: int, until: float, asked: dict[str, object], seen: Client) -> None:
-    """Ask until the time is over; what is under way then is finished, and counts."""
+async def run_client(
+    port: int, index: int, deadline: float, request: dict[str, object]
+) -> ClientResult:
+    """Send requests until the deadline, and return the results; the last request is completed."""
+    result = ClientResult()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**22)
-    seed = number * 10**6
-    while time.perf_counter() < until:
-        status, headers, body, first = await ask(reader, writer, asked | {"seed": seed})
-        if status == 429:
-            seen.refused += 1
-            await asyncio.sleep(float(headers["retry-after"]))
+    seed = index * 10**6
+    while time.perf_counter() < deadline:
+        response = await post(reader, writer, request | {"seed": seed})
+        if response.status == 429:
+            result.rejected += 1
+            await asyncio.sleep(float(response.headers["retry-after"]))
             continue
-        if status != 200 or not body.endswith(b"data: [DONE]\n\n"):
-            seen.errors[f"{status} {body[-200:]!r}"] += 1
+        if response.status != 200 or not response.body.endswith(b"data: [DONE]\n\n"):
+            result.errors[f"{response.status} {response.body[-200:]!r}"] += 1
             continue
-        chunks = [json.loads(line[6:]) for line in body.decode().split("\n\n")[:-2]]
-        seen.texts[seed] = "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1])
-        seen.tokens += chunks[-1]["usage"]["completion_tokens"]
-        seen.firsts.append(first)
+        events = response.body.decode().split("\n\n")[:-2]
+        chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+        result.texts[seed] = "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1])
+        result.tokens += chunks[-1]["usage"]["completion_tokens"]
+        result.first_token_seconds.append(response.seconds)
         seed += 1
     writer.close()
+    return result
 
 
-async def crowd(port: int, clients: int, seconds: float, asked: dict[str, object]) -> tuple[list[Client], float]:
-    """All clients at once, and the seconds until the last had its text."""
-    begin, seen = time.perf_counter(), [Client() for _ in range(clients)]
-    await asyncio.gather(*(client(port, i, begin + seconds, asked, one) for i, one in enumerate(seen)))
-    return seen, time.perf_counter() - begin
+async def run_clients(
+    port: int, num_clients: int, seconds: float, request: dict[str, object]
+) -> tuple[list[ClientResult], float]:
+    """Run all clients concurrently; return their results and the seconds until the last ended."""
+    start = time.perf_counter()
+    clients = (run_client(port, i, start + seconds, request) for i in range(num_clients))
+    results = await asyncio.gather(*clients)
+    return results, time.perf_counter() - start
 
 
-async def one_after_another(port: int, requests: int, asked: dict[str, object]) -> None:
-    """Small requests, for what they leave behind."""
+async def run_in_sequence(port: int, num_requests: int, request: dict[str, object]) -> None:
+    """Run small requests in sequence, to find leaks."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    for i in range(requests):
-        status, _, body, _ = await ask(reader, writer, asked | {"max_tokens": 4, "logprobs": 5, "stream": i % 2 == 0})
-        assert status == 200, body
+    small = request | {"max_tokens": 4, "logprobs": 5}
+    for i in range(num_requests):
+        response = await post(reader, writer, small | {"stream": i % 2 == 0})
+        assert response.status == 200, response.body
     writer.close()
 
 
-def memory(pid: int) -> float:
-    """Resident memory of a process, in MB."""
-    return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+def resident_megabytes(pid: int) -> float:
+    """Return the resident memory of a process."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def random_model(folder: Path) -> Path:
-    """A model of the seed's size that nobody trained."""
+    """Write a model of preset nano with random weights."""
     import torch
 
     from nanogpt import checkpoint
     from nanogpt.config import ModelConfig
-    from nanogpt.tokenizer import train_tokenizer
+    from nanogpt.tokenizer.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer("char", [PROMPT + "\nABCDEFGHIJKLMNOPQRSTUVWXYZ,;:!?'-&$3"])
-    model = checkpoint.empty_model(ModelConfig(), tokenizer.vocab_size, "cpu")
+    model = checkpoint.build_uninitialized(ModelConfig(), tokenizer.vocab_size, "cpu")
     model.init_weights(torch.Generator().manual_seed(0))
-    checkpoint.save_model(folder / "seed" / "model.safetensors", model, tokenizer, {"step": 0, "unused": [[0, 1]]})
-    return folder / "seed"
+    summary = {"step": 0, "unseen_token_ranges": [[0, 1]]}
+    run = folder / "nano"
+    checkpoint.save_model(run / "model.safetensors", model, tokenizer, summary)
+    return run
 
 
-def differing(model: Path, seen: list[Client], asked: dict[str, object]) -> int:
-    """How many of `CHECKED` texts are not what the library writes alone."""
-    from nanogpt import library
+def compare(path: Path, results: list[ClientResult], request: dict[str, object]) -> tuple[int, int]:
+    """Count completions that differ from those of the library alone, and all that are compared."""
+    from nanogpt import api
 
-    alone = library.load(model, deterministic=True)
-    made = [next(iter(one.texts.items())) for one in seen if one.texts][:CHECKED]
-    options = {"max_tokens": asked["max_tokens"], "temperature": asked["temperature"]}
-    return sum("".join(alone.stream(PROMPT, seed=seed, **options)) != text for seed, text in made)
+    model = api.load(path, deterministic=True)
+    options = {name: request[name] for name in ("max_tokens", "temperature")}
+    texts = [next(iter(result.texts.items())) for result in results if result.texts][:MAX_COMPARED]
+    expected = ["".join(model.stream(PROMPT, seed=seed, **options)) for seed, _ in texts]
+    num_different = sum(a != b for a, (_, b) in zip(expected, texts, strict=True))
+    return num_different, len(texts)
 
 
-def show(seen: list[Client], seconds: float, engine: float) -> None:
-    """The table."""
-    counts, firsts = sorted(len(one.texts) for one in seen), sorted(first for one in seen for first in one.firsts)
-    errors = sum((one.errors for one in seen), Counter[str]())
-    rate = sum(one.tokens for one in seen) / seconds
-    print(f"errors                     {sum(errors.values())}, and {sum(one.refused for one in seen)} answers of 429 {dict(errors) or ''}")
-    print(f"texts of a client          {counts[0]} to {counts[-1]}, median {statistics.median(counts):g}; {sum(counts)} in {seconds:.1f} s")
-    print(f"seconds to the first token median {statistics.median(firsts):.3f}, 95 % within {firsts[int(0.95 * len(firsts))]:.3f}, longest {firsts[-1]:.3f}")
-    print(f"tokens a second            {rate:,.0f}; the engine alone, all rows always full: {engine:,.0f}", flush=True)
+def print_results(results: list[ClientResult], seconds: float, engine_rate: float) -> None:
+    """Print errors, completions, latency and throughput."""
+    counts = sorted(len(result.texts) for result in results)
+    latencies = sorted(value for result in results for value in result.first_token_seconds)
+    errors = sum((result.errors for result in results), Counter[str]())
+    rejected = sum(result.rejected for result in results)
+    rate = sum(result.tokens for result in results) / seconds
+    median_count = statistics.median(counts)
+    median = statistics.median(latencies)
+    p95 = latencies[int(0.95 * len(latencies))]
+    print(f"errors                  {sum(errors.values())} {dict(errors) or ''}; 429: {rejected}")
+    print(f"completions per client  {counts[0]} to {counts[-1]}, median {median_count:g}")
+    print(f"completions             {sum(counts)} in {seconds:.1f} s")
+    print(f"seconds to first token  median {median:.3f}, p95 {p95:.3f}, max {latencies[-1]:.3f}")
+    print(f"tokens/s                {rate:,.0f}; engine alone, full batch: {engine_rate:,.0f}")
+
+
+def measure_engine(model: Path, batch_size: int, steps: int, deterministic: bool) -> float:
+    """Return the tokens per second of the engine alone, in a process of its own."""
+    arguments = map(str, (model, batch_size, steps, deterministic, PROMPT))
+    command = [sys.executable, "-c", ENGINE_SCRIPT, *arguments]
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+@contextmanager
+def running_server(
+    model: Path, batch_size: int, deterministic: bool
+) -> Iterator[tuple[subprocess.Popen, int]]:
+    """Run `nanogpt serve`; yield the process and its port."""
+    command = [sys.executable, "-m", "nanogpt", "serve", str(model), "--port", "0"]
+    command += ["--max-batch-size", str(batch_size)]
+    if deterministic:
+        command.append("--deterministic")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            page = next(line for line in process.stdout if line.startswith("Page"))
+            yield process, int(page.split(":")[-1].strip(" /\n"))
+        finally:
+            process.terminate()
 
 
 @app.default
 def main(
-    model: Path | None = None, /, *, clients: int = 100, seconds: float = 60, max_tokens: int = 200, rows: int = 64, requests: int = 10_000, steps: int = 60,
+    model: Path | None = None,
+    /,
+    *,
+    clients: int = 100,
+    seconds: float = 60,
+    max_tokens: int = 200,
+    batch_size: int = 64,
+    requests: int = 10_000,
+    steps: int = 60,
     deterministic: bool = False,
-) -> None:  # fmt: skip
-    """Serve a model, ask it, and print what came of it."""
-    with tempfile.TemporaryDirectory(prefix="nanogpt-serve-") as name:
-        model = model or random_model(Path(name))
-        print(
-            f"machine                    {platform.machine()}, {os.cpu_count()} processors; {clients} clients, {rows} rows, texts of {max_tokens} tokens",
-            flush=True,
-        )
-        words = [sys.executable, "-c", ALONE, str(model), str(rows), str(steps), str(deterministic), PROMPT]
-        engine = float(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
-        command = [sys.executable, "-m", "nanogpt", "serve", str(model), "--port", "0", "--rows", str(rows), *["--deterministic"] * deterministic]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-            try:
-                assert server.stdout is not None
-                page = next(line for line in server.stdout if line.startswith("Page"))
-                port = int(page.split(":")[-1].strip(" /\n"))
-                asked = {"model": model.absolute().name, "prompt": PROMPT, "max_tokens": max_tokens, "temperature": 1.0, "stream": True}
-                asked["stream_options"] = {"include_usage": True}
-                seen, took = asyncio.run(crowd(port, clients, seconds, asked))
-                show(seen, took, engine)
-                if deterministic:
-                    print(f"not as if alone            {differing(model, seen, asked)} of {CHECKED}", flush=True)
-                asyncio.run(one_after_another(port, requests // 10, asked))
-                before = memory(server.pid)
-                asyncio.run(one_after_another(port, requests, asked))
-                print(f"memory                     {before:.1f} MB, and {memory(server.pid):.1f} MB {requests:,} requests later")
-            finally:
-                server.terminate()
-        print(f"exit code                  {server.returncode}")
+) -> None:
+    """Serve a model, run the clients, and print the results."""
+    with tempfile.TemporaryDirectory(prefix="nanogpt-serve-") as folder:
+        model = model or random_model(Path(folder))
+        print(f"machine                 {platform.machine()}, {os.cpu_count()} processors")
+        print(f"load                    {clients} clients, {max_tokens} tokens each", flush=True)
+        engine_rate = measure_engine(model, batch_size, steps, deterministic)
+        request = {
+            "model": model.absolute().name,
+            "prompt": PROMPT,
+            "max_tokens": max_tokens,
+            "temperature": 1.0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        with running_server(model, batch_size, deterministic) as (server, port):
+            results, elapsed = asyncio.run(run_clients(port, clients, seconds, request))
+            print_results(results, elapsed, engine_rate)
+            if deterministic:
+                num_different, num_compared = compare(model, results, request)
+                print(f"different from library  {num_different} of {num_compared}", flush=True)
+            asyncio.run(run_in_sequence(port, requests // 10, request))
+            before = resident_megabytes(server.pid)
+            asyncio.run(run_in_sequence(port, requests, request))
+            after = resident_megabytes(server.pid)
+            print(f"memory                  {before:.1f} MB before {requests:,} requests")
+            print(f"                        {after:.1f} MB after")
+        print(f"exit code               {server.returncode}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The speed of a training step, and its memory, against the textbook loop of baseline.py.
+"""Compare the speed and memory of a training step with the textbook loop of baseline.py.
 
-Each side runs in a process of its own, in turn, some rounds long; shown are medians over the rounds with their extremes, and ratios of the medians:
+Every measurement runs in a process of its own, alternating over several rounds. Printed are the
+medians over the rounds, the extremes, and the ratios of the medians.
 
     python benchmarks/step.py [--text shakespeare] [--rounds 3] [--steps 5]
 """
@@ -15,23 +16,25 @@ from pathlib import Path
 from cyclopts import App
 
 app = App(help=__doc__)
-MODERN = ["--arch", "modern", "--n-layer", "6", "--n-head", "4", "--n-embd", "256", "--batch-size", "16", "--dropout", "0", "--optimizer", "muon"]
+QWEN3_ARGS = (
+    "--arch qwen3 --n-layer 6 --n-head 4 --n-embd 256 --batch-size 16 --dropout 0 --optimizer muon"
+)
 
 
-def run(words: list[str]) -> tuple[str, float]:
-    """What a command prints, and the most memory it had, in MiB."""
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+def run(command: list[str]) -> tuple[str, float]:
+    """Run a command; return its output and its peak memory in MiB."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        printed = process.stdout.read()
+        output = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{' '.join(words)} ended with {process.returncode}")
-    return printed, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        raise SystemExit(f"{' '.join(command)} ended with exit code {process.returncode}")
+    return output, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def textbook(text: str, steps: int) -> dict[str, float]:
-    """Seconds of a step of the textbook loop, and its memory."""
+def measure_textbook(text: str, steps: int) -> dict[str, float]:
+    """Measure seconds and memory of a step of the textbook loop."""
     code = (
         f"import statistics, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import torch; from baseline import Textbook, read, seconds, train_step\n"
@@ -39,40 +42,54 @@ def textbook(text: str, steps: int) -> dict[str, float]:
         "optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1)\n"
         f"print(statistics.median(seconds(lambda: train_step(model, optimizer, data), {steps})))"
     )
-    printed, memory = run([sys.executable, "-c", code])
-    return {"seconds": float(printed), "memory": memory}
+    output, memory = run([sys.executable, "-c", code])
+    return {"seconds": float(output), "memory": memory}
 
 
-def own(settings: list[str]) -> dict[str, float]:
-    """The same of nanogpt, with its share of the peak."""
-    printed, memory = run([sys.executable, "-m", "nanogpt", "bench", "--json", *settings])
-    speed = json.loads(printed)
-    return {"seconds": speed["step_seconds"], "memory": memory, "share": speed["share_of_peak"], "gflops": speed["train_flops_per_second"] / 1e9}
+def measure_nanogpt(args: str) -> dict[str, float]:
+    """Measure seconds, memory, throughput and utilization of a step of nanogpt."""
+    output, memory = run([sys.executable, "-m", "nanogpt", "bench", "--json", *args.split()])
+    speed = json.loads(output)
+    return {
+        "seconds": speed["step_seconds"],
+        "memory": memory,
+        "mfu": speed["mfu"],
+        "gflops": speed["train_flops_per_second"] / 1e9,
+    }
 
 
-def show(name: str, rounds: list[dict[str, float]], against: list[dict[str, float]] | None = None) -> None:
-    """A line of the table."""
-    times = sorted(one["seconds"] for one in rounds)
-    line = f"{name:32} {statistics.median(times):6.3f} s ({times[0]:.3f} to {times[-1]:.3f})  {statistics.median(one['memory'] for one in rounds):6,.0f} MiB"
-    if "share" in rounds[0]:
-        line += f"  {statistics.median(one['gflops'] for one in rounds):4,.0f} GFLOP/s, {statistics.median(one['share'] for one in rounds):.0%} of the peak"
-    if against:
-        faster = statistics.median(one["seconds"] for one in against) / statistics.median(times)
-        line += f"  {faster:.2f} times as fast"
+def print_row(
+    name: str, rounds: list[dict[str, float]], baseline: list[dict[str, float]] | None = None
+) -> None:
+    """Print one line of the table."""
+
+    def median(key: str) -> float:
+        return statistics.median(values[key] for values in rounds)
+
+    times = sorted(values["seconds"] for values in rounds)
+    line = f"{name:32} {median('seconds'):6.3f} s ({times[0]:.3f} to {times[-1]:.3f})"
+    line += f"  {median('memory'):6,.0f} MiB"
+    if "mfu" in rounds[0]:
+        line += f"  {median('gflops'):4,.0f} GFLOP/s, {median('mfu'):.0%} of the peak"
+    if baseline:
+        speedup = statistics.median(values["seconds"] for values in baseline) / median("seconds")
+        line += f"  {speedup:.2f}x"
     print(line, flush=True)
 
 
 @app.default
 def main(*, text: str = "shakespeare", rounds: int = 3, steps: int = 5) -> None:
-    """Time the seed's recipe in both, and nanogpt's modern shape with Muon."""
-    sides: dict[str, list[dict[str, float]]] = {"textbook, seed's recipe": [], "nanogpt, seed's recipe": [], "nanogpt, modern 6x256, batch 16": []}
+    """Time the default configuration in both, and a qwen3 model trained with Muon."""
+    textbook: list[dict[str, float]] = []
+    nano: list[dict[str, float]] = []
+    qwen3: list[dict[str, float]] = []
     for _ in range(rounds):
-        for side, measured in zip(sides.values(), (lambda: textbook(text, steps), lambda: own([]), lambda: own(MODERN)), strict=True):
-            side.append(measured())
-    first, second, third = sides
-    show(first, sides[first])
-    show(second, sides[second], sides[first])
-    show(third, sides[third])
+        textbook.append(measure_textbook(text, steps))
+        nano.append(measure_nanogpt(""))
+        qwen3.append(measure_nanogpt(QWEN3_ARGS))
+    print_row("textbook, preset nano", textbook)
+    print_row("nanogpt, preset nano", nano, textbook)
+    print_row("nanogpt, qwen3 6x256, batch 16", qwen3)
 
 
 if __name__ == "__main__":
