@@ -121,7 +121,7 @@ def test_context_length_is_clamped_on_a_300_byte_text(tmp_path):
             tmp_path / "small.txt", n_layer=1, n_head=1, n_embd=8, batch_size=2, steps=3
         )
     assert 0 < model.evaluate().loss < 10
-    with pytest.raises(UserError, match=r"270 to train on, so it can be 269 at most"):
+    with pytest.raises(UserError, match=r"limit 269, from 270 training tokens"):
         nanogpt.train(tmp_path / "small.txt", context_length=300)
 
 
