@@ -8,9 +8,10 @@ import pytest
 from helpers import TINY, metrics_without_timings, stop_at
 
 import nanogpt
+from nanogpt import api
 from nanogpt.config import TrainingConfig
 from nanogpt.errors import Notice, UserError
-from nanogpt.training import budget, recipe, resolve, run, trainer
+from nanogpt.training import budget, recipe, resolve, trainer
 from nanogpt.training.budget import TimeBudget, val_token_budget
 from nanogpt.training.events import StepEnd, TrainEnd
 from nanogpt.training.state import TrainState
@@ -46,10 +47,10 @@ class Clock:
 def clock(monkeypatch):
     clock = Clock()
     timing = SimpleNamespace(monotonic=clock, perf_counter=clock)
-    for module in (trainer, budget, run, resolve):
+    for module in (trainer, budget, api, resolve):
         monkeypatch.setattr(module, "time", timing)
     # The clock ends the run, not the number of epochs.
-    monkeypatch.setattr(recipe, "MOST_EPOCHS", 10**6)
+    monkeypatch.setattr(recipe, "MAX_EPOCHS", 10**6)
     return clock
 
 
