@@ -102,7 +102,7 @@ def test_minutes_may_extend_a_run_limited_by_steps(story, tmp_path, clock, full_
     events = []
     nanogpt.train(out=full_run, resume=True, minutes=1.0, on_event=events.append)
     assert events[-1].step > 100
-    with pytest.raises(UserError, match=r"took .* minutes already, more than --minutes 0\.01"):
+    with pytest.raises(UserError, match=r"has already taken .* minutes \(limit minutes = 0\.01\)"):
         nanogpt.train(out=full_run, resume=True, minutes=0.01)
 
 
