@@ -310,7 +310,7 @@ def test_engine_delivers_tokens_in_batches(runs):
     async def generate():
         models = ModelPool(runs, ServeConfig(), DEVICE)
         engine = await models.get_engine("a")
-        request = Model.request(engine.model, "the ", seed=1, max_tokens=400)
+        request = Model.make_request(engine.model, "the ", seed=1, max_tokens=400)
         job = engine.submit([request], True, 60)
         sizes = [len(outputs) async for outputs in job.stream()]
         await models.close()
