@@ -23,7 +23,7 @@ import nanogpt
 from nanogpt.config import ModelConfig
 from nanogpt.data.sources import resolve_sources
 from nanogpt.plan.model_size import non_embedding_matmul_params
-from nanogpt.training.recipe import ScalingLaw, lr_settings, muon_weight_decay, num_heads_for
+from nanogpt.training.recipe import ScalingLaw, muon_weight_decay, num_heads_for, optimizer_settings
 
 app = App(help=__doc__)
 BATCH_SIZE = 8
@@ -39,7 +39,7 @@ def model_shape(row: dict[str, str]) -> dict[str, int]:
 def run(row: dict[str, str], text: Path, val: Path) -> float:
     """Train one row, and return the loss of the best model on the full validation text."""
     steps, learning_rate = int(row["steps"]), float(row["rate"])
-    settings = lr_settings(steps) | {
+    settings = optimizer_settings(steps) | {
         "muon_learning_rate": learning_rate,
         "learning_rate": learning_rate / 5,
         "weight_decay": float(row["decay"]),
@@ -58,7 +58,7 @@ def run(row: dict[str, str], text: Path, val: Path) -> float:
 def uses_recipe(row: dict[str, str], epochs: float) -> bool:
     """Return True for the full text, no dropout, and about the recipe's rate and weight decay."""
     steps, learning_rate = int(row["steps"]), float(row["rate"])
-    lr_ratio = learning_rate / lr_settings(steps)["muon_learning_rate"]
+    lr_ratio = learning_rate / optimizer_settings(steps)["muon_learning_rate"]
     decay_ratio = float(row["decay"]) / muon_weight_decay(epochs, steps, learning_rate)
     is_near = all(0.8 < ratio < 1.25 for ratio in (lr_ratio, decay_ratio))
     return is_near and float(row["share"]) == 1 and float(row["dropout"]) == 0

@@ -47,7 +47,10 @@ def normalize_rows(x: Tensor) -> Tensor:
 
 
 def uninitialized_embedding(num_rows: int, width: int) -> nn.Embedding:
-    """Return an embedding without values: drawing them on "meta" would import the compiler."""
+    """Return an embedding whose weight `init_weights` or a model file fills in.
+
+    `nn.Embedding` would draw initial values, which on the "meta" device imports the compiler.
+    """
     return nn.Embedding.from_pretrained(torch.empty(num_rows, width), freeze=False)
 
 
@@ -115,7 +118,7 @@ class KVCache:
         """Return a cache without tokens, of `rows` rows of `context_length` tokens each."""
         head_shape = (config.num_kv_heads, config.context_length, config.head_size)
         shape = (config.n_layer, rows, *head_shape)
-        # Zeros, not empty memory: a masked slot is multiplied by 0, so it must not hold NaN.
+        # Zeros, not empty memory: a masked position is multiplied by 0, and 0 * NaN is NaN.
         k = torch.zeros(shape, device=device, dtype=dtype)
         v = torch.zeros(shape, device=device, dtype=dtype)
         return cls(k, v, np.zeros(rows, np.int64))
@@ -124,7 +127,7 @@ class KVCache:
         return KVCache(self.k[:, rows], self.v[:, rows], self.lengths[rows])
 
     def advance(self, T: int) -> Tensor:
-        """Allocate the slots of T new tokens in every row, one if the rows differ in length.
+        """Make room for T new tokens in every row; T must be 1 if the rows differ in length.
 
         Returns:
             The positions of the new tokens, (B, T), or (1, T) if they are equal in all rows.
@@ -174,11 +177,13 @@ class Attention(nn.Module):
         self.head_dim = config.head_size
         self.window = config.attention_window
         self.is_qwen3 = config.arch == "qwen3"
-        self.dropout = 0.0 if self.is_qwen3 else config.dropout
+        # Of the attention probabilities. `qwen3` has dropout in the residual stream only, so that
+        # SDPA can be used in training.
+        self.attn_dropout = 0.0 if self.is_qwen3 else config.dropout
         self.attn_implementation = "sdpa"
-        num_heads = self.n_head + 2 * self.n_kv_head
+        num_qkv_heads = self.n_head + 2 * self.n_kv_head
         has_bias = not self.is_qwen3
-        self.qkv_proj = nn.Linear(config.n_embd, num_heads * self.head_dim, bias=has_bias)
+        self.qkv_proj = nn.Linear(config.n_embd, num_qkv_heads * self.head_dim, bias=has_bias)
         self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=has_bias)
         if self.is_qwen3:
             self.q_norm = nn.RMSNorm(self.head_dim, RMS_NORM_EPS)
@@ -197,7 +202,8 @@ class Attention(nn.Module):
         Args:
             x: The normalized residual stream, (B, T, C).
             cos_sin: The result of `rope_cos_sin`, for `qwen3`.
-            mask: The result of `causal_mask`, (1, T, S) or (B, 1, T, S), or None.
+            mask: The mask of `causal_mask`, (1 or B, 1, T, S). None where `needs_mask` is False,
+                and if T is above ATTN_CHUNK_SIZE: then each chunk makes its own.
             dropout_seeds: Seeds of the dropout of attention probabilities, (B,), or None.
             cache: A cache to extend by these tokens and to attend to, or None.
 
@@ -209,7 +215,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
         if T == 1:
-            # Query heads that share keys take the time dimension, instead of repeating the keys.
+            # One query per head: put the query heads that share keys into the time dimension, so
+            # that the keys and values need not be repeated.
             q = q.view(B, self.n_kv_head, -1, self.head_dim)  # (B, K, H / K, D)
             y = self.attend(q, k, v, mask, dropout_seeds, is_causal=False)
         else:
@@ -250,23 +257,30 @@ class Attention(nn.Module):
         dropout_seeds: Tensor | None,
         is_causal: bool = True,
     ) -> Tensor:
-        """Return softmax(q k' / sqrt(D) + mask) v, (B, H, T, D)."""
+        """Return softmax(q k^T / sqrt(D) + mask) v, (B, H, T, D).
+
+        `is_causal` is read where there is no mask, by SDPA; eager attention needs the mask.
+        """
         if self.uses_sdpa(dropout_seeds):
             attn_mask = None if mask is None else mask.to(q.dtype)
             is_causal = is_causal and mask is None
             return F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal)
         probs = attention_probs(q, k, mask)  # (B, H, T, S)
-        return dropout(probs, self.dropout, dropout_seeds) @ v
+        return dropout(probs, self.attn_dropout, dropout_seeds) @ v
 
     def uses_sdpa(self, dropout_seeds: Tensor | None) -> bool:
         """Return whether SDPA runs: its kernels cannot apply seeded dropout."""
-        drops_probs = dropout_seeds is not None and self.dropout > 0
+        drops_probs = dropout_seeds is not None and self.attn_dropout > 0
         return self.attn_implementation == "sdpa" and not drops_probs
 
     def needs_mask(self, T: int, S: int, dropout_seeds: Tensor | None) -> bool:
-        """Return whether T queries and S keys need a mask: one query, or SDPA, may do without."""
-        sees_all = T == 1 or (T == S and self.uses_sdpa(dropout_seeds))
-        return self.window is not None or not sees_all
+        """Return whether attention from T queries to S keys needs an explicit mask.
+
+        One query attends to every key, and SDPA has a causal mask of its own for T == S.
+        """
+        if self.window is not None:
+            return True
+        return T > 1 and not (T == S and self.uses_sdpa(dropout_seeds))
 
 
 class MLP(nn.Module):
@@ -322,9 +336,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only transformer.
 
-    A `qwen3` model in training RMS-normalizes its token embeddings, which steadies training.
-    A table with normalized rows is equivalent, so a model file holds that table, and a model
-    loaded from it has `normalize_embedding` False.
+    A `qwen3` model in training RMS-normalizes its token embeddings, which Qwen3 does not; it
+    steadies training. Saving replaces the table with its normalized rows, which is equivalent, so
+    that a model file is plain Qwen3. A model loaded from it has `normalize_embedding` False.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int):
@@ -368,15 +382,17 @@ class GPT(nn.Module):
             S = cache.seq_len
 
         attn = cast(Attention, self.blocks[0].attn)  # All blocks need the same mask.
-        needs_mask = len(positions) > 1 or attn.needs_mask(T, S, dropout_seeds)
+        has_ragged_rows = len(positions) > 1  # rows of unequal lengths, see KVCache.advance
+        needs_mask = has_ragged_rows or attn.needs_mask(T, S, dropout_seeds)
         mask = None
         if needs_mask and T <= ATTN_CHUNK_SIZE:
             mask = causal_mask(positions, S, attn.window).unsqueeze(1)  # (B or 1, 1, T, S)
 
-        num_sites = len(self.blocks) + 1
-        seeds: Tensor | list[None] = [None] * num_sites
+        # Three seeds per block, and three for the embedding, which uses one.
+        num_groups = len(self.blocks) + 1
+        seeds: Tensor | list[None] = [None] * num_groups
         if dropout_seeds is not None:
-            seeds = split_dropout_seeds(dropout_seeds, num_sites)  # (num_sites, 3, B)
+            seeds = split_dropout_seeds(dropout_seeds, num_groups)  # (num_groups, 3, B)
 
         x = self.wte(idx)  # (B, T, C)
         cos_sin = None
@@ -437,19 +453,23 @@ class GPT(nn.Module):
 
         `gpt2` is initialized as GPT-2: standard deviation 0.02, and residual projections divided by
         sqrt(2 n_layer). In `qwen3` matrices preserve the scale of their input. Residual projections
-        and the output layer start at zero, so that each block starts as the identity (Zhang et al.
-        2019, "Fixup", section 3.2).
+        start at zero, so that each block starts as the identity (Zhang et al. 2019, "Fixup",
+        section 3.2), and so does the output layer, so that the first prediction is uniform.
         """
         for name, parameter in self.named_parameters():
             self.init_param(name, parameter, generator)
 
     def init_param(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """Initialize one parameter; parameters must come in the order of `named_parameters`."""
+        """Initialize one parameter.
+
+        Each call advances the generator, so call it in the order of `named_parameters`.
+        """
         is_residual_proj = name.endswith(("o_proj.weight", "down_proj.weight"))
         if parameter.dim() < 2:
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)
             if name == "ln_f.weight" and self.is_qwen3 and self.config.has_tied_embeddings:
-                # The rows of the tied table have norm sqrt(C): keep the first logits at most 1.
+                # Hidden states and the rows of the tied table have norm sqrt(C) each, so their
+                # products reach C: 1 / C keeps the first logits within 1.
                 parameter.div_(self.config.n_embd)
         elif not self.is_qwen3:
             divisor = math.sqrt(2 * self.config.n_layer) if is_residual_proj else 1.0
@@ -461,17 +481,17 @@ class GPT(nn.Module):
             parameter.normal_(0.0, std, generator=generator)
 
     def muon_param_splits(self) -> dict[str, list[int]]:
-        """Return the names of the blocks' matrices, each with the rows of the stacked matrices.
+        """Return how Muon splits each matrix of the blocks: its name and the rows of each part.
 
-        Muon orthogonalizes queries, keys and values separately, and so the gate and up projections.
+        Stacked matrices are orthogonalized separately: queries, keys and values, gate and up.
         """
         config = self.config
-        num_heads = (config.n_head, config.num_kv_heads, config.num_kv_heads)
+        qkv_heads = (config.n_head, config.num_kv_heads, config.num_kv_heads)
         up_splits = [config.intermediate_size] * (2 if self.is_qwen3 else 1)
         splits = {}
         for layer in range(config.n_layer):
             prefix = f"blocks.{layer}"
-            splits[f"{prefix}.attn.qkv_proj.weight"] = [n * config.head_size for n in num_heads]
+            splits[f"{prefix}.attn.qkv_proj.weight"] = [n * config.head_size for n in qkv_heads]
             splits[f"{prefix}.attn.o_proj.weight"] = [config.n_embd]
             splits[f"{prefix}.mlp.up_proj.weight"] = up_splits
             splits[f"{prefix}.mlp.down_proj.weight"] = [config.n_embd]

@@ -47,6 +47,6 @@ def train(job):
             raise
 
 
-trainer.SAMPLE = trainer.SAMPLE.model_copy(update={"max_tokens": 2})
+trainer.SAMPLE_SETTINGS = trainer.SAMPLE_SETTINGS.model_copy(update={"max_tokens": 2})
 for job in json.loads(sys.argv[1]):
     train(job)

@@ -1,6 +1,7 @@
 """The training loop: it learns, and a resumed run equals one that never stopped, bit for bit."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -245,6 +246,13 @@ def test_nan_loss_stops_and_keeps_the_last_state(story, tmp_path):
             nanogpt.train(story, run, **RUN)
     assert nanogpt.load(run).evaluate().loss < 10
     assert checkpoint.latest_step(run) == 20
+
+
+def test_nan_validation_loss_is_named_with_its_step(story, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "evaluate", lambda *args, **kwargs: EvalLoss(math.nan, 100, 100.0))
+    message = r"validation loss is not finite: nan after step 10\. Nothing is saved\."
+    with pytest.raises(UserError, match=message):
+        nanogpt.train(story, tmp_path / "run", **RUN | {"eval_every": 10})
 
 
 def test_patience_stops_and_keeps_the_best_model(tmp_path, monkeypatch, story):

@@ -20,7 +20,7 @@ from nanogpt.splitmix import mix64, random_bits
 IGNORE_INDEX = -100
 # Operating systems limit the files that a process may hold open.
 MAX_OPEN_SHARDS = 64
-# Counter that separates the random bits of epochs from those of rows; no row index reaches it.
+# The random bits of an epoch are those of a row with this index, which no batch reaches.
 EPOCH_STREAM = 2**40
 FEISTEL_ROUNDS = 4
 
@@ -52,7 +52,7 @@ class MemmapTokens:
 
     def __getitem__(self, positions: slice) -> np.ndarray:
         start, stop, step = positions.indices(len(self))
-        assert step == 1, "a contiguous slice"
+        assert step == 1, "only contiguous slices"
         segments = []
         shard = int(np.searchsorted(self._shard_ends, start, side="right"))
         while start < stop:
@@ -117,7 +117,7 @@ def sample_batch(
     for window, start, stop in zip(windows, starts.tolist(), stops.tolist(), strict=True):
         window[: stop - start] = tokens[start:stop]
     sequences = torch.from_numpy(windows)  # (B, T + 1)
-    inputs = sequences[:, :-1].clamp(min=0)
+    inputs = sequences[:, :-1].clamp(min=0)  # IGNORE_INDEX is no token id
     targets = sequences[:, 1:]
     return inputs, targets, torch.from_numpy(dropout_seeds)
 
@@ -127,8 +127,9 @@ def window_offsets(
 ) -> np.ndarray:
     """Return the position of the first token of each window, (B,) uint64.
 
-    Shuffled epochs read every token before they repeat any. Windows at independent random positions
-    would leave out a fraction 1/e of the text in as many draws.
+    An epoch reads each window once. It leaves out less than two windows of tokens, at the ends of
+    the text, and others in each epoch, because its offset is random. Windows at independent random
+    positions would leave out a fraction 1/e of the text in as many draws.
 
     Args:
         num_tokens: Tokens of the training split.
@@ -136,6 +137,7 @@ def window_offsets(
         seed: Seed of the run.
         window_ids: (B,) uint64; window i is the i-th that training reads.
     """
+    # One window fewer than would fit leaves room for the offset and for the last target.
     windows_per_epoch = max(1, (num_tokens - context_length) // context_length)
     epoch, index = _shuffled_position(seed, window_ids, windows_per_epoch)
     num_offsets = np.uint64(num_tokens - windows_per_epoch * context_length)
@@ -157,10 +159,10 @@ class DocumentWindows:
         self.document_ends = document_ends
         self.context_length = context_length
         num_targets = np.diff(document_ends, prepend=0) - 1
-        windows_per_document = -(-num_targets // context_length)
+        windows_per_document = -(-num_targets // context_length)  # rounded up
         self._cumulative_windows = np.cumsum(windows_per_document)
         self.windows_per_epoch = int(self._cumulative_windows[-1])
-        assert self.windows_per_epoch > 0, "some document has two tokens"
+        assert self.windows_per_epoch > 0, "no document has two tokens"
 
     def locate(self, seed: int, window_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return where each window starts and where its document ends, both (B,) int64.
@@ -192,13 +194,14 @@ def _shuffled_position(
 def _feistel_permutation(
     indices: np.ndarray, size: int, round_keys: list[np.ndarray]
 ) -> np.ndarray:
-    """Map indices (B,) through a random permutation of `range(size)`, with keys (B,) per round.
+    """Map indices (B,) through a random permutation of `range(size)`.
 
-    The network permutes the numbers of `2 * half_bits` bits, at least `size` of them. Results out
-    of range are permuted again until they are in range ("cycle walking"; Black and Rogaway 2002,
-    "Ciphers with arbitrary finite domains", section 4).
+    Each round has one key per index, (B,). The network permutes all numbers of `2 * half_bits`
+    bits, of which there are `size` or more. Results of `size` and above are permuted again until
+    they are below ("cycle walking"; Black and Rogaway 2002, "Ciphers with arbitrary finite
+    domains", section 4).
     """
-    half_bits = np.uint64(max(1, (size - 1).bit_length() + 1 >> 1))
+    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     half_mask = (np.uint64(1) << half_bits) - np.uint64(1)
     values = indices
     out_of_range = np.ones(len(indices), bool)
@@ -207,6 +210,6 @@ def _feistel_permutation(
         right = values & half_mask
         for key in round_keys:
             left, right = right, left ^ (mix64(right ^ key) & half_mask)
-        values = np.where(out_of_range, left << half_bits | right, values)
+        values = np.where(out_of_range, (left << half_bits) | right, values)
         out_of_range = values >= size
     return values

@@ -1,7 +1,8 @@
 """Continuous batching: sequences join, decode one token per step together, and leave.
 
-Follows Yu et al. 2022, "Orca", section 3.1. The text of a sequence does not depend on the rest
-of the batch: its random numbers are a function of its seed and the index of the token.
+Follows Yu et al. 2022, "Orca", section 3.1. Each running sequence has a slot, a row of the
+decoder's KV cache. The text of a sequence does not depend on the rest of the batch: its random
+numbers are a function of its seed and the index of the token.
 
 Once the context is full, its last half is prefilled again, so that the average cost of a token
 is constant. An engine belongs to one thread.
@@ -88,7 +89,11 @@ class Engine:
         return [StepOutput(seq, "", None, 0.0, finish_reason="cancelled") for seq in cancelled]
 
     def _admit(self) -> list[StepOutput]:
-        """Move waiting sequences into free slots, the lowest first to keep used ones adjacent."""
+        """Move waiting sequences into free slots, the lowest first.
+
+        This keeps used slots adjacent: a decoder may have to compute the free slots between them. A
+        request for 0 tokens finishes here.
+        """
         outputs: list[StepOutput] = []
         if not self.waiting:
             return outputs
@@ -112,6 +117,8 @@ class Engine:
         for seq in self.running:
             seq.slide_window(self.decoder.context_length)
         if self.multi_step is not None and len(self.running) == 1:
+            # A sequence alone can take several steps in one call of the decoder, which then gives
+            # the logits of each.
             num_steps = self.multi_step.num_steps(self.running[0])
             if num_steps > 1:
                 return self.multi_step.run(self.running[0], num_steps)
@@ -135,8 +142,11 @@ class Engine:
         return np.stack([logits[seq] for seq in self.running])
 
     def _postprocess(self, output: ModelOutput) -> list[StepOutput]:
-        """Sample a token from each row, append it to its sequence, and drop finished sequences."""
-        logits = output.logits
+        """Sample a token from each row, append it to its sequence, and drop finished sequences.
+
+        A multi-step call has rows of one sequence, one for each step.
+        """
+        logits = output.logits  # changed in place
         logits += self.logit_mask
         tokens = self._sample(output)
         logits -= np.maximum.reduce(logits, axis=1, keepdims=True)
@@ -146,6 +156,8 @@ class Engine:
             num_logprobs = seq.request.num_logprobs
             top = _top_logprobs(logits[row] - log_sums[row], num_logprobs) if num_logprobs else []
             outputs.append(seq.append(token, logits.item(row, token) - log_sums[row], top))
+            # The rows of a multi-step call are steps of one sequence: stop at the first one that
+            # followed a token other than the one sampled here. Other rows are always accepted.
             is_last = outputs[-1].finish_reason is not None
             if self.multi_step and not self.multi_step.accept(output, row, is_last):
                 break
@@ -157,6 +169,7 @@ class Engine:
     def _sample(self, output: ModelOutput) -> list[int]:
         """Sample a token per row by the settings of the row's sequence."""
         num_rows, vocab_size = output.logits.shape
+        # The number of rows also changes between single and multi-step calls.
         if self.sampler is None or self.sampler.num_rows != num_rows:
             settings = [seq.request.settings for seq in output.sequences]
             self.sampler = Sampler(settings, vocab_size)

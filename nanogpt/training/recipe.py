@@ -32,19 +32,23 @@ MIN_LOSS_GAIN = 0.002
 MAX_PARAMETERS_PER_TOKEN = 18
 
 WEIGHT_DECAY = 0.05
-# From this many epochs on, Muon's weight decay shrinks weights by e^-EMA_TIMESCALE per epoch at the
-# peak learning rate (Wang & Aitchison 2024). Ablations: docs/experiments.md.
+# Above this many epochs, Muon's weight decay shrinks weights by e^-DECAY_PER_EPOCH per epoch at the
+# peak learning rate. The weights' moving average then has a timescale of 1 / DECAY_PER_EPOCH epochs
+# (Wang & Aitchison 2024). Ablations: docs/experiments.md.
 MULTI_EPOCH_THRESHOLD = 3
-EMA_TIMESCALE = 1.4
-MAX_EPOCHS = 10
-# The shortest epoch, in steps, that the weight decay is scaled to.
+DECAY_PER_EPOCH = 1.4
+# Epochs of fewer steps count as this many, so that the weight decay of a tiny text stays bounded.
 MIN_STEPS_PER_EPOCH = 20
+MAX_EPOCHS = 10
 # AdamW, for which that weight decay was not tried, uses dropout above this many epochs instead.
 DROPOUT_EPOCHS = 5
 DROPOUT = 0.2
 
-# Seconds of a run that go into the last evaluation and the last save.
+# Seconds of a run that go into the last evaluation and the last save. In short runs training keeps
+# MIN_TRAIN_FRACTION of the time.
 TEARDOWN_SECONDS = 4.0
+MIN_TRAIN_FRACTION = 0.3
+SECONDS_PER_EVALUATION = 45
 # Below MIN_STEPS the batch size is halved, above MAX_STEPS it is doubled.
 MIN_STEPS = 100
 MAX_STEPS = 8000
@@ -56,9 +60,10 @@ TIMING_TOKENS = 2048
 class ScalingLaw:
     """A fit of loss - floor = A / N^alpha + B / D^beta.
 
-    N counts parameters and D training tokens, both in millions. Tokens of repeated epochs count
-    for less: `repeat_decay` is R*_D of Muennighoff et al. 2023, equation 5. They found 15.4 for far
-    larger texts and models. The fit describes benchmarks/recipe.csv within 0.008 nats (rms).
+    N counts parameters of the block matrices and D training tokens, both in millions. Tokens of
+    repeated epochs count for less: `repeat_decay` is R*_D of Muennighoff et al. 2023, equation 5.
+    They found 15.4 for far larger texts and models. The fit describes benchmarks/recipe.csv within
+    0.008 nats (rms).
     """
 
     A: float = 0.131
@@ -113,7 +118,7 @@ def choose_settings(
 
     context_length = min(CONTEXT_LENGTH, max(1, train_tokens // 4))
     base = {"arch": "qwen3", "context_length": context_length} | user_settings
-    train_seconds = max(1.0, 0.3 * seconds, seconds - TEARDOWN_SECONDS)
+    train_seconds = max(1.0, MIN_TRAIN_FRACTION * seconds, seconds - TEARDOWN_SECONDS)
     model, tokens_seen = _best_shape(
         base, world_size * train_seconds, train_tokens, vocab_size, machine
     )
@@ -127,7 +132,7 @@ def choose_settings(
 
     add_choice("learns faster than gpt2", arch=base["arch"])
     is_short = model.context_length < CONTEXT_LENGTH
-    context_reason = "the text is short" if is_short else "about 50 words of context"
+    context_reason = "the text is short" if is_short else "a paragraph of context"
     add_choice(context_reason, context_length=model.context_length)
     minutes = user_settings.get("minutes") or seconds / 60
     add_choice(
@@ -136,19 +141,19 @@ def choose_settings(
         n_embd=model.n_embd,
         n_head=model.n_head,
     )
-    num_evaluations = max(2, min(10, round(seconds / 45)))
+    num_evaluations = max(2, min(10, round(seconds / SECONDS_PER_EVALUATION)))
     eval_every = max(1, round(steps / num_evaluations))
     add_choice(about_steps, batch_size=batch_size, eval_every=eval_every)
     epochs = steps * batch_size * model.context_length / train_tokens
-    learning = lr_settings(steps, user_settings.get("optimizer", "muon"))
+    optimizer_choice = optimizer_settings(steps, user_settings.get("optimizer", "muon"))
     parameters_per_token = non_embedding_matmul_params(model) / train_tokens
     add_choice(
         f"{epochs:.2g} epochs, {parameters_per_token:.2g} parameters per token",
-        **_regularization(epochs, steps, learning | user_settings),
+        **_regularization(epochs, steps, optimizer_choice | user_settings),
     )
     if tokens_seen > max_tokens:
         add_choice(f"at most {MAX_EPOCHS} epochs; the time allows more", steps=math.ceil(steps))
-    add_choice(f"rates for {about_steps}", **learning)
+    add_choice(f"rates for {about_steps}", **optimizer_choice)
     return chosen
 
 
@@ -164,10 +169,10 @@ def _fit_batch_size(batch_size: int, steps: float, world_size: int) -> tuple[int
     return batch_size, steps
 
 
-def _regularization(epochs: float, steps: float, learning: dict[str, Any]) -> dict[str, float]:
-    """Return dropout and weight decay for the optimizer in `learning`."""
-    if learning["optimizer"] == "muon":
-        decay = muon_weight_decay(epochs, steps, learning["muon_learning_rate"])
+def _regularization(epochs: float, steps: float, settings: dict[str, Any]) -> dict[str, float]:
+    """Return dropout and weight decay for the optimizer in `settings`."""
+    if settings["optimizer"] == "muon":
+        decay = muon_weight_decay(epochs, steps, settings["muon_learning_rate"])
         return {"dropout": 0.0, "weight_decay": decay}
     return {"dropout": DROPOUT if epochs > DROPOUT_EPOCHS else 0.0, "weight_decay": WEIGHT_DECAY}
 
@@ -228,10 +233,11 @@ def predicted_loss(
     return model_term + law.B / (effective_tokens / 1e6) ** law.beta
 
 
-def lr_settings(steps: float, optimizer: str = "muon") -> dict[str, Any]:
+def optimizer_settings(steps: float, optimizer: str = "muon") -> dict[str, Any]:
     """Return the optimizer, peak learning rates and schedule for a run of `steps` steps.
 
-    Shorter runs get higher rates. The rows of benchmarks/recipe.csv reach up to 4,050 steps.
+    Shorter runs get higher rates. The longest run in benchmarks/recipe.csv has 4,050 steps; rates
+    beyond it are extrapolated. AdamW's rate is a fixed fraction of Muon's.
     """
     peak = min(0.06, max(0.015, 0.03 * (800 / steps) ** 0.35))
     return {
@@ -248,13 +254,14 @@ def muon_weight_decay(epochs: float, steps: float, learning_rate: float) -> floa
     if epochs <= MULTI_EPOCH_THRESHOLD:
         return WEIGHT_DECAY
     steps_per_epoch = max(MIN_STEPS_PER_EPOCH, steps / epochs)
-    return round(EMA_TIMESCALE / (learning_rate * steps_per_epoch), 2)
+    return round(DECAY_PER_EPOCH / (learning_rate * steps_per_epoch), 2)
 
 
 def num_heads_for(n_embd: int, n_kv_head: int = 1) -> int:
     """Return a number of heads that divides `n_embd` and is a multiple of `n_kv_head`.
 
-    Heads have about 64 channels, or about 32 in models narrower than 128.
+    Heads have about 64 channels, or about 32 in models narrower than 128, and an even number of
+    them, because RoPE rotates pairs of channels.
     """
     max_heads = max(n_kv_head, n_embd // (64 if n_embd >= 128 else 32))
     for heads in range(max_heads, 0, -1):

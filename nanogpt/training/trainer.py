@@ -51,7 +51,7 @@ from nanogpt.training.stragglers import StragglerDetector
 
 # Cap warm-up at 10 % of the run, so that short runs still reach the peak learning rate.
 MAX_WARMUP_FRACTION = 0.1
-SAMPLE = SamplingConfig(max_tokens=200)
+SAMPLE_SETTINGS = SamplingConfig(max_tokens=200)
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,8 @@ class Trainer:
             The loss summed over this rank's targets, and the norm of all gradients, both ().
         """
         batch = self.loader.get(self.state.step)
-        # Ranks average their gradients, which makes this the mean loss over all targets.
+        # DDP and FSDP average the gradients over the ranks. Divide by the targets of one rank, so
+        # that the average is the gradient of the mean loss over the targets of all ranks.
         loss_divisor = batch.num_targets / self.dist.world_size
 
         def forward_backward() -> Tensor:
@@ -196,9 +197,10 @@ class Trainer:
         return loss_sum, grad_norm
 
     def step(self) -> StepEnd:
-        """Run the next optimizer step at its learning rate, and report it."""
+        """Run the next `train_step` at its learning rate, and account for its loss and time."""
         start = time.perf_counter()
         settings, state = self.settings, self.state
+        # Report the progress at the end of the step; take the learning rate at its middle.
         progress, midpoint = self.dist.broadcast_numbers(
             self.budget.progress(1.0), self.budget.progress(0.5)
         )
@@ -207,12 +209,15 @@ class Trainer:
         num_targets = self.loader.get(state.step).num_targets
         loss_sum, grad_norm = self.train_step(lr_scale)
         self.loader.prefetch(state.step + 1)
-        # The device is asked for its numbers only once it has all its work.
+        # This waits for the device, so it comes after all work of the step is queued.
         local_loss_sum, norm = torch.stack([loss_sum, grad_norm]).tolist()
         (global_loss_sum,) = self.dist.all_reduce_sum(local_loss_sum)
         loss, learning_rate = global_loss_sum / num_targets, lr_scale * settings.learning_rate
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self._nan_loss_error(loss, learning_rate, norm)
+            raise self._divergence_error(
+                f"The loss is not finite: {loss} in step {state.step + 1:,}, at learning rate "
+                f"{learning_rate:.2g}, gradient norm {norm:.3g}."
+            )
         state.step += 1
         state.train_loss_sum += global_loss_sum
         state.train_tokens += num_targets
@@ -259,13 +264,13 @@ class Trainer:
                 self.validation_loss,
                 self.sample,
                 num_eval_tokens=num_val_tokens + (state.val_tokens or 0),
-                num_sample_tokens=SAMPLE.max_tokens,
+                num_sample_tokens=SAMPLE_SETTINGS.max_tokens,
                 model_bytes=sum(p.nbytes for p in self.model.parameters()),
             )
         self.budget.start_training(teardown_seconds)
 
     def timed_dry_run(self, communicate: bool = True) -> float:
-        """Return the seconds of forward and backward on the next batch, without an update."""
+        """Time forward and backward on the next batch, in seconds, without an update."""
         start = time.perf_counter()
         loss_sum, _ = self.train_step(lr_scale=None, communicate=communicate)
         loss_sum.item()  # waits for the device
@@ -276,7 +281,9 @@ class Trainer:
         state = self.state
         loss = self.validation_loss(state.val_tokens)
         if not math.isfinite(loss.loss_sum):
-            raise self._nan_loss_error(loss.loss, self.settings.learning_rate, math.nan)
+            raise self._divergence_error(
+                f"The validation loss is not finite: {loss.loss} after step {state.step:,}."
+            )
         point = EvalPoint(state.step, state.train_loss_sum / state.train_tokens, loss.loss)
         is_best = state.best is None or point.val_loss < state.best.val_loss
         state.history.append(point)
@@ -337,19 +344,24 @@ class Trainer:
     def sample(self, max_tokens: int | None = None) -> SampleEnd:
         """Generate a sample without a prompt, with the same seed every time."""
         unseen = self.data.metadata["unseen_token_ranges"]
-        settings = (
-            SAMPLE if max_tokens is None else SAMPLE.model_copy(update={"max_tokens": max_tokens})
-        )
+        settings = SAMPLE_SETTINGS
+        if max_tokens is not None:
+            settings = settings.model_copy(update={"max_tokens": max_tokens})
         prompt = encode_prompt(self.data.tokenizer, None, unseen, self.context_length)
         with compile.force_eager():
             decoder = TorchDecoder(self.model, self.machine.for_decoding())
             engine = Engine(decoder, self.data.tokenizer, unseen)
             engine.add(Request(prompt, settings, self.settings.seed))
-            chunks = [chunk.text for outputs in iter(engine.step, []) for chunk in outputs]
-        return SampleEnd(self.state.step, "".join(chunks))
+            text = ""
+            while engine.has_work:
+                text += "".join(output.text for output in engine.step())
+        return SampleEnd(self.state.step, text)
 
     def save(self) -> Iterator[Event]:
-        """Save the training state; before the first evaluation, also a model to look at."""
+        """Save the training state; before the first evaluation, also the model.
+
+        Evaluations save the best model. Until the first one, this lets others sample the run.
+        """
         yield SaveStart(self.state.step)
         yield from self.checkpointer.wait_for_pending_save()
         if self.state.best is None:
@@ -359,7 +371,7 @@ class Trainer:
     def finish(self) -> TrainEnd:
         """Evaluate the best model on the full validation split, and add the result to its file."""
         state, baselines = self.state, self.data.metadata["baselines"]
-        best = self.checkpointer.load_best_model()
+        best = self.checkpointer.load_best_model()  # also into self.model
         if state.val_tokens is None and "val_loss_sum" in best:
             # Evaluations during the run covered the full split.
             loss = EvalLoss(
@@ -415,7 +427,7 @@ class Trainer:
             "diagnosis": diagnosis.asdict(),
         }
 
-    def _nan_loss_error(self, loss: float, learning_rate: float, grad_norm: float) -> UserError:
+    def _divergence_error(self, problem: str) -> UserError:
         self.checkpointer.wait_for_pending_save()
         settings = self.settings
         saved_step = self.checkpointer.latest_step()
@@ -425,8 +437,4 @@ class Trainer:
         lower = {"learning_rate": float(f"{settings.learning_rate / 10:.2g}")}
         if settings.optimizer == "muon":
             lower["muon_learning_rate"] = float(f"{settings.muon_learning_rate / 10:.2g}")
-        return UserError(
-            f"The loss is not finite: {loss} in step {self.state.step + 1:,}, at learning rate "
-            f"{learning_rate:.2g}, gradient norm {grad_norm:.3g}. {saved}.",
-            fix=lower | {"out": "ANOTHER_FOLDER"},
-        )
+        return UserError(f"{problem} {saved}.", fix=lower | {"out": "ANOTHER_FOLDER"})
