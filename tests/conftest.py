@@ -21,6 +21,13 @@ hypothesis.settings.register_profile("nanogpt", deadline=None)  # No test depend
 hypothesis.settings.load_profile("nanogpt")
 
 
+def pytest_collection_modifyitems(items):
+    """Mark the tests that open a browser."""
+    for item in items:
+        if "browser" in item.fixturenames:
+            item.add_marker(pytest.mark.browser)
+
+
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory):
     """A cache folder with the measurements and compiled kernels of this machine, for all tests."""

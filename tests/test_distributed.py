@@ -22,6 +22,8 @@ from nanogpt.distributed.context import DistContext
 from nanogpt.errors import UserError
 from nanogpt.training.events import StepEnd
 
+pytestmark = pytest.mark.distributed
+
 RUN = TINY | {
     "batch_size": 8,
     "dropout": 0.1,

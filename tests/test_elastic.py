@@ -19,6 +19,7 @@ from nanogpt import checkpoint
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.distributed,
     pytest.mark.skipif(sys.platform == "win32", reason="torchrun and signals are those of Unix"),
 ]
 SETTINGS = TINY | {"dropout": 0.1, "eval_every": 10, "device": "cpu", "threads": 1, "seed": 3}
