@@ -4,10 +4,12 @@ import os
 import random
 import shutil
 import signal
+from contextlib import suppress
 
 # Before torch is imported: a second thread only slows tiny tensors down.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import filelock
 import hypothesis
 import pytest
 import torch
@@ -29,13 +31,19 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def measured(tmp_path_factory):
+def measured(tmp_path_factory, worker_id):
     """A cache folder with the measurements and compiled kernels of this machine, for all tests."""
-    folder = tmp_path_factory.mktemp("measured")
-    with pytest.MonkeyPatch.context() as patch:
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "measured"
+    folder.mkdir(exist_ok=True)
+    with filelock.FileLock(folder / "lock"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         for dtype in (torch.float32, torch.bfloat16):
             peak_flops(torch.device("cpu"), dtype)
+        with suppress(ImportError):
+            from nanogpt.generate.numba_kernels.microkernel import cache_folder
+
+            cache_folder().mkdir(exist_ok=True)
     return folder
 
 
@@ -46,13 +54,8 @@ def _cache_per_test(tmp_path_factory, monkeypatch, measured):
     cache.mkdir()
     shutil.copy(measured / "nanogpt" / "measurements.json", cache)
     for kernels in (measured / "nanogpt").glob("numba-*"):
-        os.symlink(kernels, cache / kernels.name)
+        (cache / kernels.name).symlink_to(kernels)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    yield
-    # The first test that compiles kernels keeps them for the others. Tests may patch Path.glob.
-    for name in os.listdir(cache):
-        if name.startswith("numba-") and not (measured / "nanogpt" / name).exists():
-            shutil.move(cache / name, measured / "nanogpt")
 
 
 @pytest.fixture(autouse=True)
