@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanogpt.data.formats import READ_BYTES, Chunk
-from nanogpt.data.sources import Source
+from nanogpt.data.formats import READ_BYTES, Chunk, Source
 from nanogpt.errors import Notice
 from nanogpt.sizes import shard_bytes
 from nanogpt.tokenizer.tokenizer import Tokenizer
