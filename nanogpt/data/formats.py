@@ -17,7 +17,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -342,18 +342,14 @@ def _iter_parquet(stream: BinaryIO, source: Source) -> Iterator[str]:
             f"{source.where} is a Parquet table, which needs the package pyarrow.",
             'pip install "nanogpt[parquet]"',
         ) from None
-    is_archive = isinstance(stream, gzip.GzipFile | lzma.LZMAFile)
+    is_stream = isinstance(stream, gzip.GzipFile | lzma.LZMAFile) or not stream.seekable()
     try:
-        table = parquet.ParquetFile(
-            stream if stream.seekable() and not is_archive else spool(stream)
-        )
-        names = table.schema_arrow.names
-        column = names[_column_index(names, source)]
-        row = 0
-        for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                row += 1
-                yield _valid_text(value, source.text_field, f"{source.where}, row {row:,}")
+        table = parquet.ParquetFile(spool(stream) if is_stream else stream)
+        _column_index(table.schema_arrow.names, source)
+        batches = table.iter_batches(PARQUET_BATCH_ROWS, columns=[source.text_field])
+        values = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+        for row, value in enumerate(values, start=1):
+            yield _valid_text(value, source.text_field, f"{source.where}, row {row:,}")
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
             f"{source.where} cannot be read as a Parquet table: {error}.",

@@ -363,11 +363,9 @@ def _scan_splits(sources: Sequence[str], config: DataConfig) -> tuple[CorpusScan
 
 def _read_key(path: Path) -> str | None:
     """Return the key in a file of a prepared folder, or None if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content.get("key") if isinstance(content, dict) else None
+    with suppress(OSError, ValueError, AttributeError):  # the last if it is no JSON object
+        return json.loads(path.read_text(encoding="utf-8")).get("key")
+    return None
 
 
 def _tokenizer_key(name: str) -> str:
