@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nanogpt.data.batches import (
     IGNORE_INDEX,
     DocumentWindows,
-    open_tokens,
+    MemmapTokens,
     sample_batch,
     window_offsets,
 )
@@ -144,7 +144,7 @@ def test_token_dtype_is_the_smallest_that_fits(vocab_size):
 def test_tokens_round_trip_through_a_file(tmp_path, vocab_size, dtype):
     tokens = np.array([0, vocab_size - 1, vocab_size // 2] * 5).astype(dtype)
     tokens.tofile(tmp_path / "tokens.bin")
-    opened = open_tokens([tmp_path / "tokens.bin"], vocab_size)
+    opened = MemmapTokens([tmp_path / "tokens.bin"], vocab_size)
     assert opened.dtype == opened[:].dtype == dtype
     assert opened[:].tolist() == tokens.tolist()
     inputs, targets, _ = sample_batch(opened, 0, 0, range(3), 3, 4)
@@ -158,14 +158,14 @@ def test_shards_form_one_sequence(tmp_path_factory, sizes, data):
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
     for i, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
         tokens[offset : offset + size].tofile(folder / f"{i}.bin")
-    opened = open_tokens([folder / f"{i}.bin" for i in range(len(sizes))], 256)
     start, stop = data.draw(st.integers(-30, 30)), data.draw(st.integers(-30, 30) | st.none())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanogpt.data.batches.MAX_OPEN_SHARDS", 2)
+        opened = MemmapTokens([folder / f"{i}.bin" for i in range(len(sizes))], 256)
         assert len(opened) == len(tokens)
         assert opened[start:stop].tolist() == tokens[start:stop].tolist()
         assert opened[:].tolist() == tokens.tolist()
-        assert opened.shard_offsets == offsets
+        assert opened.shard_offsets == [*offsets, len(tokens)]
 
 
 @given(

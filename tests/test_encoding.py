@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nanogpt.data import formats
 from nanogpt.data.encoding import BOMS, SIGNATURES
-from nanogpt.data.sources import Source
+from nanogpt.data.formats import Source
 from nanogpt.errors import UserError
 
 FRENCH = (
@@ -207,10 +207,11 @@ def test_decode_error_counts_lines_in_characters():
     )
 
 
-@pytest.mark.parametrize(("head", "kind"), SIGNATURES.items())
-def test_binary_formats_are_named(head, kind):
+@pytest.mark.parametrize("head", SIGNATURES)
+def test_binary_formats_are_named(head):
     message = error_message(head + b"\0\1\2" * 100)
-    assert message.startswith(f"text is {kind}, not plain text.")
+    kind, advice = SIGNATURES[head]
+    assert message == f"text is {kind}, not plain text.\n{advice}"
     assert "encoding=" not in message
 
 

@@ -16,7 +16,8 @@ from helpers import TINY, run
 import nanogpt
 from nanogpt.errors import UserError
 from nanogpt.evaluate import TextSize, evaluate
-from nanogpt.inspection import activations
+from nanogpt.inspection import inspector as inspector_module
+from nanogpt.inspection.inspector import Inspector, forward_pre_hooks, token_texts
 from nanogpt.render import inspection_html, inspection_terminal
 from nanogpt.tokenizer.tokenizer import train_tokenizer
 
@@ -45,6 +46,13 @@ def trained(story, tmp_path):
     return nanogpt.train(story, tmp_path / "run", **settings)
 
 
+def inspect(model, tokenizer, machine, text="", start_token=10, unseen=(), held_out=None):
+    """Return an inspector of a model without a run."""
+    return Inspector(
+        text, model, tokenizer, machine, start_token, unseen, None, lambda: held_out, None
+    )
+
+
 @torch.no_grad()
 def expected_bits(model, ids: list[int], T: int) -> list[float]:
     """Return the bits of each id after the first, computed one at a time in windows of T."""
@@ -60,7 +68,7 @@ def expected_bits(model, ids: list[int], T: int) -> list[float]:
 @pytest.mark.parametrize("text", [TEXT, TEXT[:7], "a"])
 def test_surprisal_equals_the_loss(make_model, tokenizer, machine, shape, text):
     model, start = make_model(tokenizer.vocab_size, **shape), tokenizer.encode("\n")[0]
-    result = activations.surprisal(model, tokenizer, machine, text, start)
+    result = inspect(model, tokenizer, machine, text, start).surprisal()
     ids = [start, *tokenizer.encode(text)]
     assert result.bits == pytest.approx(expected_bits(model, ids, 8), rel=1e-4)
     loss = evaluate(model, np.array(ids), TextSize(len(text.encode())), machine)
@@ -74,7 +82,7 @@ def test_surprisal_equals_the_loss(make_model, tokenizer, machine, shape, text):
 
 
 def test_surprisal_has_a_text_per_token_and_bits_per_character(make_model, tokenizer, machine):
-    result = activations.surprisal(make_model(tokenizer.vocab_size), tokenizer, machine, TEXT, 0)
+    result = inspect(make_model(tokenizer.vocab_size), tokenizer, machine, TEXT, 0).surprisal()
     assert "".join(result.token_texts) == TEXT
     assert len(result.token_texts) == len(result.token_ids) == len(result.bits)
     assert len(result.character_bits) == len(TEXT)
@@ -84,7 +92,7 @@ def test_surprisal_has_a_text_per_token_and_bits_per_character(make_model, token
 
 
 def test_surprisal_assigns_a_character_of_several_tokens_to_the_last(make_model, byte, machine):
-    result = activations.surprisal(make_model(257), byte, machine, "a猫b", 10)
+    result = inspect(make_model(257), byte, machine, "a猫b").surprisal()
     assert result.token_texts == ["a", "", "", "猫", "b"]
     bits = result.bits
     assert result.character_bits == pytest.approx([bits[0], sum(bits[1:4]), bits[4]])
@@ -92,7 +100,8 @@ def test_surprisal_assigns_a_character_of_several_tokens_to_the_last(make_model,
 
 def test_surprisal_alternatives_are_the_most_probable_tokens(make_model, byte, machine):
     model = make_model(257)
-    result = activations.surprisal(model, byte, machine, "the cat", 10, n_alternatives=257)
+    inspector = inspect(model, byte, machine, "the cat")
+    result = inspector.surprisal(n_alternatives=257)
     with torch.no_grad():
         softmax = model(torch.tensor([[10, *b"the ca"]]))[0].softmax(dim=1)
     for expected, alternatives in zip(softmax, result.alternatives, strict=True):
@@ -101,15 +110,15 @@ def test_surprisal_alternatives_are_the_most_probable_tokens(make_model, byte, m
         probs = dict(alternatives)
         assert probs["e"] == pytest.approx(expected[ord("e")].item())
         assert probs["\\xe6"] == pytest.approx(expected[0xE6].item())
-    assert len(activations.surprisal(model, byte, machine, "the cat", 10).alternatives[0]) == 10
+    assert len(inspector.surprisal().alternatives[0]) == 10
 
 
 @pytest.mark.parametrize("limit", ["BATCH_TOKENS", "BATCH_LOGITS"])
 def test_surprisal_does_not_depend_on_the_batch_size(make_model, byte, machine, monkeypatch, limit):
-    model = make_model(257)
-    expected = activations.surprisal(model, byte, machine, TEXT, 10)
-    monkeypatch.setattr(activations, limit, 1)
-    result = activations.surprisal(model, byte, machine, TEXT, 10)
+    inspector = inspect(make_model(257), byte, machine, TEXT)
+    expected = inspector.surprisal()
+    monkeypatch.setattr(inspector_module, limit, 1)
+    result = inspector.surprisal()
     assert result.bits == pytest.approx(expected.bits, rel=1e-5)
 
 
@@ -176,7 +185,7 @@ def test_attention_equals_the_definition(make_model, byte, machine, shape, imple
     model = make_model(257, context_length=16, **shape)
     model.set_attn_implementation(implementation)
     ids = list(b"The cat saw")
-    result = activations.attention(model, byte, machine, "The cat saw")
+    result = inspect(model, byte, machine, "The cat saw").attention()
     maps, expected_logits, _ = naive_forward(model, ids)
     np.testing.assert_allclose(result.weights, maps, atol=2e-5)
     with torch.no_grad():
@@ -190,17 +199,17 @@ def test_attention_equals_the_definition(make_model, byte, machine, shape, imple
 
 def test_attention_reads_one_window(make_model, byte, machine, monkeypatch):
     model = make_model(257)
-    result = activations.attention(model, byte, machine, "abcdefghijklmnop", start=5)
+    result = inspect(model, byte, machine, "abcdefghijklmnop").attention(start=5)
     window = ("".join(result.token_texts), result.start, result.num_tokens)
     assert window == ("fghijklm", 5, 16)
     expected = naive_forward(model, list(b"fghijklm"))[0]
     np.testing.assert_allclose(result.weights, expected, atol=2e-5)
-    monkeypatch.setattr(activations, "MAX_ATTENTION_WEIGHTS", 4 * 9)
-    assert activations.attention(model, byte, machine, "abcdef").weights.shape == (2, 2, 3, 3)
+    monkeypatch.setattr(inspector_module, "MAX_ATTENTION_WEIGHTS", 4 * 9)
+    assert inspect(model, byte, machine, "abcdef").attention().weights.shape == (2, 2, 3, 3)
 
 
 def test_head_stats_are_means_of_the_weights(make_model, byte, machine):
-    result = activations.attention(make_model(257), byte, machine, "abcdefg")
+    result = inspect(make_model(257), byte, machine, "abcdefg").attention()
     for head in result.heads:
         weights = result.weights[head.layer, head.head]
         distance = sum(weights[i, j] * (i - j) for i in range(7) for j in range(7)) / 7
@@ -217,11 +226,12 @@ def test_head_stats_are_means_of_the_weights(make_model, byte, machine):
 def test_neurons_equal_the_definition(make_model, byte, machine, shape):
     model, text = make_model(257, **shape), b"The cat saw the dog in the barn."
     windows = [list(text[i : i + 8]) for i in range(0, len(text), 8)]
+    inspector = inspect(model, byte, machine, text.decode())
     for layer in (0, 1):
         expected = np.concatenate(
             [naive_forward(model, window)[2][layer] for window in windows]
         )  # (N, hidden)
-        result = activations.neurons(model, byte, machine, text.decode(), layer)
+        result = inspector.neurons(layer)
         std = expected.std(axis=0)
         assert result.neuron == result.top_neurons[0].neuron == std.argmax()
         assert [stats.std for stats in result.top_neurons] == pytest.approx(
@@ -232,7 +242,7 @@ def test_neurons_equal_the_definition(make_model, byte, machine, shape):
         )
         top_positions = np.argsort(-result.activations)[:3].tolist()
         assert result.top_neurons[0].top_positions == top_positions
-        third = activations.neurons(model, byte, machine, text.decode(), layer, 3)
+        third = inspector.neurons(layer, 3)
         np.testing.assert_allclose(third.activations, expected[:, 3], atol=1e-3, rtol=1e-3)
 
 
@@ -240,9 +250,10 @@ def test_excerpts_have_the_highest_activations(make_model, byte, machine, monkey
     model, tokens = make_model(257), np.frombuffer((TEXT * 3).encode(), np.uint8)
     windows = [tokens[i : i + 8].tolist() for i in range(0, len(tokens) - 7, 8)]
     expected = np.stack([naive_forward(model, window)[2][1][:, 7] for window in windows])
+    inspector = inspect(model, byte, machine, held_out=tokens)
     with monkeypatch.context() as patch:
-        patch.setattr(activations, "EXCERPT_RADIUS", 2)
-        excerpts = activations.top_activating_excerpts(model, byte, machine, tokens, 1, 7, n=4)
+        patch.setattr(inspector_module, "EXCERPT_RADIUS", 2)
+        excerpts = inspector.top_activating_excerpts(1, 7, n=4)
     assert [excerpt.activations[excerpt.peak] for excerpt in excerpts] == pytest.approx(
         sorted(expected.max(axis=1), reverse=True)[:4], rel=1e-3
     )
@@ -253,18 +264,19 @@ def test_excerpts_have_the_highest_activations(make_model, byte, machine, monkey
             excerpt.activations, expected.reshape(-1)[start:stop], atol=1e-3, rtol=1e-3
         )
         assert len(excerpt.token_texts) <= 5
-        assert excerpt.token_texts == activations.token_texts(byte, tokens[start:stop].tolist())
-    monkeypatch.setattr(activations, "MAX_SEARCH_TOKENS", 16)
-    excerpts = activations.top_activating_excerpts(model, byte, machine, tokens, 1, 7)
+        assert excerpt.token_texts == token_texts(byte, tokens[start:stop].tolist())
+    monkeypatch.setattr(inspector_module, "MAX_SEARCH_TOKENS", 16)
+    excerpts = inspector.top_activating_excerpts(1, 7)
     assert {excerpt.position // 8 for excerpt in excerpts} == {0, len(tokens) // 8 - 1}
-    (excerpt,) = activations.top_activating_excerpts(model, byte, machine, tokens[:5], 1, 7)
+    inspector = inspect(model, byte, machine, held_out=tokens[:5])
+    (excerpt,) = inspector.top_activating_excerpts(1, 7)
     assert excerpt.position < 5
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2])
-def test_embedding_equals_the_principal_components(make_model, byte, shape):
+def test_embedding_equals_the_principal_components(make_model, byte, machine, shape):
     model = make_model(257, **shape)
-    result = activations.embedding(model, byte, unseen_token_ranges=[[0, 32], [127, 257]])
+    result = inspect(model, byte, machine, unseen=[[0, 32], [127, 257]]).embedding()
     assert result.token_ids == list(range(32, 127))
     assert result.token_texts == [chr(i) for i in range(32, 127)]
     x = model.wte.weight.detach().double().numpy()
@@ -282,7 +294,7 @@ def test_hooks_ignore_other_threads(make_model):
     model = make_model(257)
     calls = []
     with (
-        activations.forward_pre_hooks([model.ln_f], lambda index, inputs: calls.append(index)),
+        forward_pre_hooks([model.ln_f], lambda index, inputs: calls.append(index)),
         torch.no_grad(),
     ):
         other = threading.Thread(target=lambda: model(torch.tensor([[1, 2]])))
@@ -295,21 +307,23 @@ def test_hooks_ignore_other_threads(make_model):
 
 
 def test_invalid_requests_raise_user_errors(make_model, byte, machine):
-    model = make_model(257)
-    args = (model, byte, machine)
+    args = (make_model(257), byte, machine)
     tokens = np.arange(20)
     for request, message in [
-        (lambda: activations.surprisal(*args, "", 10), "the text is empty"),
-        (lambda: activations.attention(*args, ""), "the text is empty"),
-        (lambda: activations.neurons(*args, "a" * 20_001), r"20,001 tokens \(limit 20,000\)"),
-        (lambda: activations.surprisal(*args, "\ud800", 10), "surrogate"),
-        (lambda: activations.attention(*args, "abc", 3), "Token 3 does not exist"),
-        (lambda: activations.neurons(*args, "abc", 2), "no layer 2: the model has layers 0 to 1"),
+        (inspect(*args, "").surprisal, "the text is empty"),
+        (inspect(*args, "").attention, "the text is empty"),
+        (inspect(*args, "a" * 20_001).neurons, r"20,001 tokens \(limit 20,000\)"),
+        (inspect(*args, "\ud800").surprisal, "surrogate"),
+        (lambda: inspect(*args, "abc").attention(3), "Token 3 does not exist"),
+        (lambda: inspect(*args, "abc").neurons(2), "no layer 2: the model has layers 0 to 1"),
         (
-            lambda: activations.neurons(*args, "abc", 0, 64),
+            lambda: inspect(*args, "abc").neurons(0, 64),
             "no neuron 64: a layer has neurons 0 to 63",
         ),
-        (lambda: activations.top_activating_excerpts(*args, tokens, 0, -1), "no neuron -1"),
+        (
+            lambda: inspect(*args, held_out=tokens).top_activating_excerpts(0, -1),
+            "no neuron -1",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             request()
@@ -335,12 +349,9 @@ class Page(HTMLParser):
 
 def all_results(model, byte, machine, text):
     """Return a result of each kind, by the name of the functions that render it."""
-    return {
-        "surprisal": activations.surprisal(model, byte, machine, text, 10),
-        "attention": activations.attention(model, byte, machine, text),
-        "neurons": activations.neurons(model, byte, machine, text),
-        "embedding": activations.embedding(model, byte),
-    }
+    inspector = inspect(model, byte, machine, text)
+    names = ("surprisal", "attention", "neurons", "embedding")
+    return {name: getattr(inspector, name)() for name in names}
 
 
 def test_html_escapes_text_and_loads_nothing(make_model, byte, machine):
@@ -362,7 +373,7 @@ def test_html_escapes_text_and_loads_nothing(make_model, byte, machine):
 
 
 def test_html_attention_maps_encode_the_weights(make_model, byte, machine):
-    result = activations.attention(make_model(257), byte, machine, "abcdefg")
+    result = inspect(make_model(257), byte, machine, "abcdefg").attention()
     maps = re.findall(r"base64,([^\"]+)", inspection_html.attention(result))
     assert len(maps) == 4
     for i, data in enumerate(maps):

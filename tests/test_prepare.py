@@ -427,8 +427,8 @@ def test_units_hold_the_same_tokens_as_one_unit(large, tmp_path, monkeypatch, to
     assert many.val[:].tolist() == one.val[:].tolist()
     assert many.metadata | {"cache_dir": None} == one.metadata | {"cache_dir": None}
     assert (
-        many.with_document_windows(16).document_windows.document_ends.tolist()
-        == one.with_document_windows(16).document_windows.document_ends.tolist()
+        many.with_document_windows(16).document_windows.document_offsets.tolist()
+        == one.with_document_windows(16).document_windows.document_offsets.tolist()
     )
     assert one.metadata["num_documents"] == 33 + 150 - 17
     assert many.metadata["val_words"] == len(
@@ -710,8 +710,8 @@ def test_split_of_a_table_holds_out_whole_records(tmp_path):
         f"{i:03} " + "word " * 19 for i in range(100)
     ]
     assert prepared.metadata["val_words"] == 10 * 20
-    assert prepared.with_document_windows(8).document_windows.document_ends.tolist() == [
-        100 * i for i in range(1, 91)
+    assert prepared.with_document_windows(8).document_windows.document_offsets.tolist() == [
+        100 * i for i in range(91)
     ]
 
 

@@ -6,7 +6,10 @@ at a random offset, and visits every window once, in a random order. Random numb
 counter-based generator (`nanogpt.splitmix`), random orders from a Feistel network.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from functools import lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -32,51 +35,36 @@ class MemmapTokens:
 
     Args:
         paths: Files of token ids, in order.
-        dtype: Integer type of a token id.
+        vocab_size: Size of the vocabulary, which gives the integer type of a token id.
+
+    Attributes:
+        shard_offsets: Position of the first token of each shard, and the number of tokens.
     """
 
-    def __init__(self, paths: Sequence[Path], dtype: np.dtype):
+    def __init__(self, paths: Sequence[Path], vocab_size: int):
         self.paths = list(paths)
-        self.dtype = dtype
-        sizes = [path.stat().st_size // dtype.itemsize for path in paths]
-        self._shard_ends = np.cumsum(sizes, dtype=np.int64)
-        self._open_shards: dict[int, np.ndarray] = {}
+        self.dtype = token_dtype(vocab_size)
+        sizes = [path.stat().st_size // self.dtype.itemsize for path in paths]
+        self.shard_offsets = [0, *accumulate(sizes)]
+        open_shard = partial(np.memmap, dtype=self.dtype, mode="r")
+        self._open_shard = lru_cache(MAX_OPEN_SHARDS)(open_shard)
 
     def __len__(self) -> int:
-        return int(self._shard_ends[-1]) if len(self._shard_ends) else 0
-
-    @property
-    def shard_offsets(self) -> list[int]:
-        """Return the position of the first token of each shard."""
-        return [0, *self._shard_ends[:-1].tolist()] if self.paths else []
+        return self.shard_offsets[-1]
 
     def __getitem__(self, positions: slice) -> np.ndarray:
         start, stop, step = positions.indices(len(self))
         assert step == 1, "only contiguous slices"
         segments = []
-        shard = int(np.searchsorted(self._shard_ends, start, side="right"))
+        shard = bisect_right(self.shard_offsets, start) - 1
         while start < stop:
-            shard_start = int(self._shard_ends[shard - 1]) if shard else 0
-            shard_end = int(self._shard_ends[shard])
-            segment_stop = min(stop, shard_end)
-            segments.append(self._shard(shard)[start - shard_start : segment_stop - shard_start])
-            start = shard_end
+            offset = self.shard_offsets[shard]
+            segments.append(self._open_shard(self.paths[shard])[start - offset : stop - offset])
             shard += 1
+            start = self.shard_offsets[shard]
         if len(segments) == 1:
             return segments[0]
         return np.concatenate(segments) if segments else np.empty(0, self.dtype)
-
-    def _shard(self, index: int) -> np.ndarray:
-        if index not in self._open_shards:
-            if len(self._open_shards) >= MAX_OPEN_SHARDS:
-                self._open_shards.pop(next(iter(self._open_shards)))
-            self._open_shards[index] = np.memmap(self.paths[index], dtype=self.dtype, mode="r")
-        return self._open_shards[index]
-
-
-def open_tokens(paths: Sequence[Path], vocab_size: int) -> MemmapTokens:
-    """Open files of token ids as one sequence; the vocabulary size gives the integer type."""
-    return MemmapTokens(paths, token_dtype(vocab_size))
 
 
 def sample_batch(
@@ -156,12 +144,12 @@ class DocumentWindows:
     """
 
     def __init__(self, document_ends: np.ndarray, context_length: int):
-        self.document_ends = document_ends
+        self.document_offsets = np.append(0, document_ends)
         self.context_length = context_length
-        num_targets = np.diff(document_ends, prepend=0) - 1
+        num_targets = np.diff(self.document_offsets) - 1
         windows_per_document = -(-num_targets // context_length)  # rounded up
-        self._cumulative_windows = np.cumsum(windows_per_document)
-        self.windows_per_epoch = int(self._cumulative_windows[-1])
+        self.window_offsets = np.append(0, windows_per_document.cumsum())
+        self.windows_per_epoch = int(self.window_offsets[-1])
         assert self.windows_per_epoch > 0, "no document has two tokens"
 
     def locate(self, seed: int, window_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -173,12 +161,10 @@ class DocumentWindows:
         """
         _, index = _shuffled_position(seed, window_ids, self.windows_per_epoch)
         window = index.astype(np.int64)
-        document = np.searchsorted(self._cumulative_windows, window, side="right")
-        is_first = document == 0
-        first_window = np.where(is_first, 0, self._cumulative_windows[document - 1])
-        document_start = np.where(is_first, 0, self.document_ends[document - 1])
-        start = document_start + (window - first_window) * self.context_length
-        return start, self.document_ends[document]
+        document = np.searchsorted(self.window_offsets, window, side="right") - 1
+        window_in_document = window - self.window_offsets[document]
+        start = self.document_offsets[document] + window_in_document * self.context_length
+        return start, self.document_offsets[document + 1]
 
 
 def _shuffled_position(
@@ -197,9 +183,9 @@ def _feistel_permutation(
     """Map indices (B,) through a random permutation of `range(size)`.
 
     Each round has one key per index, (B,). The network permutes all numbers of `2 * half_bits`
-    bits, of which there are `size` or more. Results of `size` and above are permuted again until
-    they are below ("cycle walking"; Black and Rogaway 2002, "Ciphers with arbitrary finite
-    domains", section 4).
+    bits, a range of at least `size`. Results of `size` and above are permuted again until they are
+    below ("cycle walking"; Black and Rogaway 2002, "Ciphers with arbitrary finite domains",
+    section 4).
     """
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     half_mask = (np.uint64(1) << half_bits) - np.uint64(1)

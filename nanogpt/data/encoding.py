@@ -20,28 +20,33 @@ BOMS = {
     b"\xfe\xff": "utf-16-be",
 }
 
-# The first bytes of files that are not plain text.
-SIGNATURES = {
-    b"%PDF": "a PDF document",
-    b"{\\rtf": "an RTF document",
-    b"\xd0\xcf\x11\xe0": "an old Word or Excel document",
-    b"PK\x03\x04": "a ZIP archive (DOCX, ODT, EPUB and XLSX are such archives too)",
-    b"7z\xbc\xaf": "a 7-Zip archive",
-    b"Rar!": "a RAR archive",
-    b"\x1f\x8b": "a gzip archive",
-    b"BZh": "a bzip2 archive",
-    b"\xfd7zXZ": "an xz archive",
-    b"\x28\xb5\x2f\xfd": "a Zstandard archive",
-    b"\x89PNG": "a PNG picture",
-    b"\xff\xd8\xff": "a JPEG picture",
-    b"GIF8": "a GIF picture",
-    b"\x7fELF": "a program",
-    b"SQLite format 3": "an SQLite database",
-    b"PAR1": "a Parquet table",
-}
+# What to do with a file that is not plain text.
+CONVERT = "Convert it to plain text (.txt, UTF-8) with the program that wrote it."
+DECOMPRESS = "Rename it to end in .gz, .xz or .zst, or decompress it first."
+EXTRACT = (
+    "Extract it and name the folder; save a DOCX, ODT or EPUB document as plain text (.txt, UTF-8)."
+)
+RENAME_TABLE = "Rename it to end in .parquet; `text_field` names the column with the text."
 
-# The compressed formats that are decompressed when the file name has their suffix.
-COMPRESSED_MAGIC = (b"\x1f\x8b", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+# By the first bytes of such a file: what it is, and what to do.
+SIGNATURES = {
+    b"%PDF": ("a PDF document", CONVERT),
+    b"{\\rtf": ("an RTF document", CONVERT),
+    b"\xd0\xcf\x11\xe0": ("an old Word or Excel document", CONVERT),
+    b"PK\x03\x04": ("a ZIP archive (DOCX, ODT, EPUB and XLSX are such archives too)", EXTRACT),
+    b"7z\xbc\xaf": ("a 7-Zip archive", EXTRACT),
+    b"Rar!": ("a RAR archive", EXTRACT),
+    b"\x1f\x8b": ("a gzip archive", DECOMPRESS),
+    b"BZh": ("a bzip2 archive", EXTRACT),
+    b"\xfd7zXZ": ("an xz archive", DECOMPRESS),
+    b"\x28\xb5\x2f\xfd": ("a Zstandard archive", DECOMPRESS),
+    b"\x89PNG": ("a PNG picture", CONVERT),
+    b"\xff\xd8\xff": ("a JPEG picture", CONVERT),
+    b"GIF8": ("a GIF picture", CONVERT),
+    b"\x7fELF": ("a program", CONVERT),
+    b"SQLite format 3": ("an SQLite database", CONVERT),
+    b"PAR1": ("a Parquet table", RENAME_TABLE),
+}
 
 # By encoding: frequent characters beyond ASCII, and their usual fraction of such characters.
 JAPANESE = "のにはをたがでてとしれさいあるっくかもなこら、。"
@@ -131,8 +136,13 @@ def detect_encoding(head: bytes, where: str, encoding: str | None = None) -> tup
     for bom, bom_encoding in BOMS.items():
         if head.startswith(bom) and expected in (None, bom_encoding):
             return bom_encoding, len(bom)
-    if kind := binary_kind(head[:SNIFF_BYTES], expected):
-        raise _not_text_error(head[:SNIFF_BYTES], where, kind)
+    if binary := identify_binary(head[:SNIFF_BYTES], expected):
+        kind, advice = binary
+        what = f"{where} is {kind}, not plain text."
+        if utf_16 := _guess_utf_16(head[:SNIFF_BYTES]):
+            what += " It may be UTF-16 without a byte order mark."
+            raise UserError(what, {"encoding": utf_16})
+        raise UserError(what, advice)
     return expected or "utf-8", 0
 
 
@@ -170,20 +180,21 @@ def decode_error(
     return UserError(what, "Set the encoding, or repair the file.")
 
 
-def binary_kind(head: bytes, encoding: str | None = None) -> str | None:
-    """Return what a file is that is not plain text, or None if it may be text.
+def identify_binary(head: bytes, encoding: str | None = None) -> tuple[str, str] | None:
+    """Return what a file is that is not plain text and what to do, or None if it may be text.
 
     Args:
         head: The first bytes of the file.
         encoding: The encoding that the user has set; zero bytes are then allowed.
     """
-    for signature, kind in SIGNATURES.items():
+    for signature, binary in SIGNATURES.items():
         if head.startswith(signature):
-            return kind
-    has_zeros = encoding is None and b"\0" in head and not head.startswith(tuple(BOMS))
-    if has_zeros and _is_tar(head):
-        return "a tar archive"
-    return "a binary file (it has zero bytes)" if has_zeros else None
+            return binary
+    if encoding is not None or b"\0" not in head or head.startswith(tuple(BOMS)):
+        return None
+    if head[257:262] == b"ustar":
+        return "a tar archive", EXTRACT
+    return "a binary file (it has zero bytes)", CONVERT
 
 
 def canonical_encoding(encoding: str) -> str:
@@ -213,15 +224,6 @@ def _guess_encoding(sample: bytes, failed: str) -> str | None:
     return best if best and scores[best] > 0.3 else None
 
 
-def _not_text_error(head: bytes, where: str, kind: str) -> UserError:
-    what = f"{where} is {kind}, not plain text."
-    if utf_16 := _guess_utf_16(head):
-        return UserError(
-            f"{what} It may be UTF-16 without a byte order mark.", {"encoding": utf_16}
-        )
-    return UserError(what, _conversion_advice(head))
-
-
 def _guess_utf_16(head: bytes) -> str | None:
     """Return the UTF-16 encoding in which a binary file has as many spaces as text has."""
     if head.startswith(tuple(SIGNATURES)):
@@ -233,20 +235,3 @@ def _guess_utf_16(head: bytes) -> str | None:
     }
     best = max(spaces, key=lambda encoding: spaces[encoding])
     return best if spaces[best] > len(even) / 60 else None
-
-
-def _conversion_advice(head: bytes) -> str:
-    if head.startswith(COMPRESSED_MAGIC):
-        return "Rename it to end in .gz, .xz or .zst, or decompress it first."
-    if _is_tar(head) or head.startswith((b"PK", b"7z", b"Rar!", b"BZh")):
-        return (
-            "Extract it and name the folder; save a DOCX, ODT or EPUB document as plain text "
-            "(.txt, UTF-8)."
-        )
-    if head.startswith(b"PAR1"):
-        return "Rename it to end in .parquet; `text_field` names the column with the text."
-    return "Convert it to plain text (.txt, UTF-8) with the program that wrote it."
-
-
-def _is_tar(head: bytes) -> bool:
-    return head[257:262] == b"ustar"

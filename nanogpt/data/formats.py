@@ -1,6 +1,6 @@
-"""Read plain text, JSONL, CSV and Parquet files, optionally compressed, as a stream of chunks.
+"""Text sources: plain text, JSONL, CSV and Parquet, optionally compressed, as streams of chunks.
 
-The file's suffix decides the format. A record of a table is a document; a plain text is one
+A file's suffix decides the format. A record of a table is a document; a plain text is one
 document. Memory does not grow with the file.
 """
 
@@ -12,10 +12,12 @@ import json
 import lzma
 import re
 import shutil
+import sys
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -50,25 +52,102 @@ class Chunk(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FileSpec:
-    """A file's name and the settings to read it with.
+class Source:
+    """A text or a table of texts, which can be read any number of times.
 
     Attributes:
-        name: The file name, whose suffix decides the format.
-        where: The file's name for error messages.
+        name: The name, which for a file in a folder is relative to that folder.
+        open: Opens the decompressed bytes.
         encoding: The text encoding; by default detected.
-        text_field: The field or column that holds the text.
+        path: The file; None for standard input and for built-in texts that are not files.
+        text_field: The field or column that holds the text of a table.
     """
 
     name: str
-    where: str
+    open: Callable[[], BinaryIO]
     encoding: str | None = None
+    path: Path | None = None
     text_field: str = DEFAULT_TEXT_FIELD
 
     @property
+    def format(self) -> str:
+        """Return the format: jsonl, csv, parquet or text."""
+        return format_of(self.path.name) if self.path else "text"
+
+    @property
+    def is_table(self) -> bool:
+        """Return whether the source is a table, whose records are documents."""
+        return self.format != "text"
+
+    @property
     def is_seekable(self) -> bool:
-        """Return whether a read may start within the file."""
-        return not is_compressed(self.name)
+        """Return whether a read may start within the source."""
+        return self.path is None or not is_compressed(self.path.name)
+
+    @property
+    def size(self) -> int:
+        """Return the bytes on the disk, or 0 if the source is not a file."""
+        return self.path.stat().st_size if self.path else 0
+
+    @property
+    def key(self) -> Path | str:
+        """Return a key that is equal for two names of one source."""
+        return self.path.resolve() if self.path else self.name
+
+    @property
+    def where(self) -> str:
+        """Return the name for error messages."""
+        return str(self.path or self.name)
+
+    def iter_chunks(self, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
+        """Iterate over the documents in chunks of a limited size.
+
+        Args:
+            start: The `resume_offset` of a chunk, or 0.
+            stop: The `resume_offset` of a later chunk; by default the end.
+
+        Raises:
+            UserError: The source is not text, cannot be read, is a truncated archive, or has a
+                record without the text field.
+        """
+        try:
+            with self.open() as stream:
+                if self.format == "text":
+                    yield from _iter_text(stream, self, start, stop)
+                elif self.format == "jsonl":
+                    yield from _iter_jsonl(stream, self, start, stop)
+                else:
+                    iter_records = _iter_csv if self.format == "csv" else _iter_parquet
+                    yield from (Chunk(text, True, None) for text in iter_records(stream, self))
+        except UserError:
+            raise
+        except Exception as error:
+            if corruption := corruption_message(error):
+                what = f"{self.where} {corruption}."
+                raise UserError(what, "Copy or download it again.") from error
+            if not isinstance(error, OSError):
+                raise
+            raise UserError(f"{self.where} cannot be read: {error.strerror or error}.") from error
+
+    def iter_documents(self) -> Iterator[Iterator[str]]:
+        """Iterate over the documents that are not empty, each an iterator over its text.
+
+        Read a document's text before advancing to the next document.
+        """
+
+        def numbered_texts() -> Iterator[tuple[int, str]]:
+            document = 0
+            for chunk in self.iter_chunks():
+                if chunk.text:
+                    yield document, chunk.text
+                document += chunk.ends_document
+
+        groups = groupby(numbered_texts(), key=lambda numbered: numbered[0])
+        return ((text for _, text in group) for _, group in groups)
+
+    def iter_text(self) -> Iterator[str]:
+        """Iterate over the text of all documents."""
+        return (chunk.text for chunk in self.iter_chunks() if chunk.text)
 
 
 def format_of(name: str) -> str:
@@ -111,51 +190,29 @@ def corruption_message(error: Exception) -> str | None:
     return None
 
 
-def iter_chunks(
-    stream: BinaryIO, spec: FileSpec, start: int = 0, stop: int | None = None
-) -> Iterator[Chunk]:
-    """Iterate over the chunks of a file.
-
-    Args:
-        stream: The decompressed bytes of the file.
-        spec: How to read the file.
-        start: The `resume_offset` of a chunk, or 0.
-        stop: The `resume_offset` of a later chunk; by default the end of the file.
-
-    Raises:
-        UserError: The file is not of its format, or a record lacks the text field.
-    """
-    file_format = format_of(spec.name)
-    if file_format == "text":
-        return _iter_text(stream, spec, start, stop)
-    if file_format == "jsonl":
-        return _iter_jsonl(stream, spec, start, stop)
-    records = _iter_csv(stream, spec) if file_format == "csv" else _iter_parquet(stream, spec)
-    return (Chunk(text, True, None) for text in records)
-
-
-def iter_blocks(stream: BinaryIO, length: int | None = None) -> Iterator[bytes]:
+def iter_blocks(stream: BinaryIO, length: int = sys.maxsize) -> Iterator[bytes]:
     """Iterate over a stream in blocks, up to `length` bytes or the end."""
-    remaining = length
-    while block := stream.read(READ_BYTES if remaining is None else min(READ_BYTES, remaining)):
-        remaining = None if remaining is None else remaining - len(block)
+    while block := stream.read(min(READ_BYTES, length)):
+        length -= len(block)
         yield block
 
 
-def _iter_text(stream: BinaryIO, spec: FileSpec, start: int, stop: int | None) -> Iterator[Chunk]:
+def _iter_text(stream: BinaryIO, source: Source, start: int, stop: int | None) -> Iterator[Chunk]:
     """Iterate over one document, which may be resumed after the first word of each block.
 
     Only in uncompressed UTF-8 do the characters before a chunk give its byte offset.
     """
-    has_offsets = spec.is_seekable
+    has_offsets = source.is_seekable
     offset = start
     if has_offsets:
-        encoding, bom_length = detect_encoding(stream.read(READ_BYTES), spec.where, spec.encoding)
+        encoding, bom_length = detect_encoding(
+            stream.read(READ_BYTES), source.where, source.encoding
+        )
         stream.seek(start)
         offset = start or bom_length
         has_offsets = encoding == "utf-8"
-    blocks = iter_blocks(stream, stop and stop - start)
-    for text in decode_stream(blocks, spec.where, "utf-8" if start else spec.encoding):
+    blocks = iter_blocks(stream, sys.maxsize if stop is None else stop - start)
+    for text in decode_stream(blocks, source.where, "utf-8" if start else source.encoding):
         word = WORD_END.search(text) if has_offsets else None
         split = word.end() if word else len(text)
         yield Chunk(text[:split], False, None)
@@ -167,9 +224,9 @@ def _iter_text(stream: BinaryIO, spec: FileSpec, start: int, stop: int | None) -
         yield Chunk("", True, None)
 
 
-def _iter_jsonl(stream: BinaryIO, spec: FileSpec, start: int, stop: int | None) -> Iterator[Chunk]:
+def _iter_jsonl(stream: BinaryIO, source: Source, start: int, stop: int | None) -> Iterator[Chunk]:
     """Iterate over the documents of JSON lines, by default UTF-8 (RFC 8259, section 8.1)."""
-    encoding = "utf-8" if spec.encoding is None else canonical_encoding(spec.encoding)
+    encoding = "utf-8" if source.encoding is None else canonical_encoding(source.encoding)
     if start:
         stream.seek(start)
     offset = start
@@ -182,17 +239,17 @@ def _iter_jsonl(stream: BinaryIO, spec: FileSpec, start: int, stop: int | None) 
             record = json.loads(text) if not text.isspace() else None
         except UnicodeDecodeError as error:
             error_offset = offset + error.start
-            raise decode_error(error, spec.where, encoding, error_offset, number) from error
+            raise decode_error(error, source.where, encoding, error_offset, number) from error
         # Also for an integer of too many digits and for deeply nested brackets.
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{spec.where} is not JSONL: line {number:,} is not JSON ({error}).",
+                f"{source.where} is not JSONL: line {number:,} is not JSON ({error}).",
                 "Each line must be a JSON object. Remove the last line of a truncated file; "
                 "rename a plain text to end in .txt.",
             ) from error
         if record is not None:
-            text = _record_text(record, spec.text_field, f"{spec.where}, line {number:,}")
-            yield Chunk(text, True, offset if spec.is_seekable else None)
+            text = _record_text(record, source.text_field, f"{source.where}, line {number:,}")
+            yield Chunk(text, True, offset if source.is_seekable else None)
         offset += len(line)
 
 
@@ -228,39 +285,38 @@ def _valid_text(value: Any, field: str, where: str) -> str:
     return value
 
 
-def _iter_csv(stream: BinaryIO, spec: FileSpec) -> Iterator[str]:
+def _iter_csv(stream: BinaryIO, source: Source) -> Iterator[str]:
     """Iterate over the text column of a CSV file, whose first row names the columns."""
     csv.field_size_limit(MAX_CSV_FIELD_CHARS)
-    texts = decode_stream(iter_blocks(stream), spec.where, spec.encoding)
+    texts = decode_stream(iter_blocks(stream), source.where, source.encoding)
     reader = csv.reader(_iter_lines(texts), strict=True)
     try:
         if (names := next(reader, None)) is None:
             return
-        column = _column_index(names, spec)
-        for row in reader:
-            if len(row) <= column and row:
+        column = _column_index(names, source)
+        for row in filter(None, reader):
+            if len(row) <= column:
                 raise UserError(
-                    f"{spec.where}, line {reader.line_num:,}: the row has {len(row)} of "
-                    f"{len(names)} columns and no {spec.text_field!r}.",
+                    f"{source.where}, line {reader.line_num:,}: the row has {len(row)} of "
+                    f"{len(names)} columns and no {source.text_field!r}.",
                     "Correct or remove the row.",
                 )
-            if row:
-                yield row[column]
+            yield row[column]
     except csv.Error as error:
         raise UserError(
-            f"{spec.where} is not CSV: line {reader.line_num:,}: {error}.",
+            f"{source.where} is not CSV: line {reader.line_num:,}: {error}.",
             "Correct the row, or remove it if the file is truncated.",
         ) from error
 
 
-def _column_index(names: list[str], spec: FileSpec) -> int:
-    if spec.text_field not in names:
+def _column_index(names: list[str], source: Source) -> int:
+    if source.text_field not in names:
         raise MissingFieldError(
-            f"{spec.where} has no column {spec.text_field!r}. "
+            f"{source.where} has no column {source.text_field!r}. "
             f"Its columns: {', '.join(map(repr, names))}.",
             "Set text_field to the column that holds the text.",
         )
-    return names.index(spec.text_field)
+    return names.index(source.text_field)
 
 
 def _iter_lines(texts: Iterable[str]) -> Iterator[str]:
@@ -276,41 +332,37 @@ def _iter_lines(texts: Iterable[str]) -> Iterator[str]:
         yield last
 
 
-def _iter_parquet(stream: BinaryIO, spec: FileSpec) -> Iterator[str]:
+def _iter_parquet(stream: BinaryIO, source: Source) -> Iterator[str]:
     """Iterate over the text column of a Parquet file."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise UserError(
-            f"{spec.where} is a Parquet table, which needs the package pyarrow.",
+            f"{source.where} is a Parquet table, which needs the package pyarrow.",
             'pip install "nanogpt[parquet]"',
         ) from None
-    is_archive = isinstance(stream, gzip.GzipFile | lzma.LZMAFile)
+    is_stream = isinstance(stream, gzip.GzipFile | lzma.LZMAFile) or not stream.seekable()
     try:
-        table = parquet.ParquetFile(
-            stream if stream.seekable() and not is_archive else _spool(stream)
-        )
-        names = table.schema_arrow.names
-        column = names[_column_index(names, spec)]
-        row = 0
-        for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                row += 1
-                yield _valid_text(value, spec.text_field, f"{spec.where}, row {row:,}")
+        table = parquet.ParquetFile(spool(stream) if is_stream else stream)
+        _column_index(table.schema_arrow.names, source)
+        batches = table.iter_batches(PARQUET_BATCH_ROWS, columns=[source.text_field])
+        values = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+        for row, value in enumerate(values, start=1):
+            yield _valid_text(value, source.text_field, f"{source.where}, row {row:,}")
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
-            f"{spec.where} cannot be read as a Parquet table: {error}.",
+            f"{source.where} cannot be read as a Parquet table: {error}.",
             "It may be truncated: copy or download it again.",
         ) from error
 
 
-def _spool(stream: BinaryIO) -> BinaryIO:
+def spool(stream: BinaryIO) -> BinaryIO:
     """Copy a stream to a temporary file, where it can be read at any position."""
-    spool = tempfile.TemporaryFile()  # noqa: SIM115 (the caller reads it)
-    shutil.copyfileobj(stream, spool, READ_BYTES)
-    spool.seek(0)
-    return spool  # type: ignore[return-value]
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller reads it)
+    shutil.copyfileobj(stream, file, READ_BYTES)
+    file.seek(0)
+    return file  # type: ignore[return-value]
 
 
 class _ZstandardReader(io.RawIOBase):

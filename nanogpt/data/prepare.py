@@ -61,7 +61,7 @@ def prepare(
     Raises:
         UserError: A source is missing or not text, the text is too short, or the disk is full.
     """
-    config = _with_absolute_paths(config)
+    config = config.model_copy(update=absolute_paths(config.model_dump()))
     if len(sources) == 1 and is_prepared(absolute_source(sources[0])):
         prepared = _open_source_folder(sources[0], config, tokenizer)
     else:
@@ -93,7 +93,8 @@ def prepare_folder(
             f"Shard {index}/{count} is out of range: the index goes from 1 to the count.",
             "Use 1/2 in one process and 2/2 in the other, for example.",
         )
-    job = PreparationJob(sources, _with_absolute_paths(config))
+    config = config.model_copy(update=absolute_paths(config.model_dump()))
+    job = PreparationJob(sources, config)
     return job.run(folder, index, count) or open_prepared(folder)
 
 
@@ -109,18 +110,14 @@ def absolute_paths(settings: Mapping[str, Any]) -> dict[str, str]:
     return paths
 
 
-def _with_absolute_paths(config: DataConfig) -> DataConfig:
-    return config.model_copy(update=absolute_paths(config.model_dump()))
-
-
 def _open_source_folder(
     source: str, config: DataConfig, tokenizer: Tokenizer | None
 ) -> PreparedData:
     """Open a folder of prepared tokens, and check that it agrees with the settings."""
     prepared = open_prepared(Path(absolute_source(source)))
-    ignored = {"cross_documents"} | (
-        {"tokenizer", "vocab_size"} if tokenizer is not None else set()
-    )
+    ignored = {"cross_documents"}
+    if tokenizer is not None:
+        ignored |= {"tokenizer", "vocab_size"}
     used = prepared.metadata["data_config"]
     differences = [
         f"{name} = {getattr(config, name)!r}, but {used[name]!r} in the folder"
@@ -306,38 +303,24 @@ class PreparationJob:
                 f"not {total_bytes:,}.",
                 "Remove the folder, and prepare all units again.",
             )
-        files = [file for unit in units for file in unit["files"]]
-        return {
-            "version": FORMAT_VERSION,
-            "key": self.key,
-            "tokenizer": tokenizer_id(tokenizer),
-            "metadata": self._metadata(folder, tokenizer, units, files),
-            "files": files,
-        }
-
-    def _metadata(
-        self,
-        folder: Path,
-        tokenizer: Tokenizer,
-        units: Sequence[dict[str, Any]],
-        files: Sequence[dict[str, Any]],
-    ) -> dict[str, Any]:
         is_used = np.zeros(tokenizer.vocab_size, bool)
         for unit in units:
             for start, stop in unit["used_token_ranges"]:
                 is_used[start:stop] = True
         num_distinct_tokens = int(np.count_nonzero(is_used))
+        files = [file for unit in units for file in unit["files"]]
         train, val = open_splits(folder, files, tokenizer.vocab_size)
         _require_enough_tokens(len(train), len(val), num_distinct_tokens)
         val_bytes = sum(unit["val_bytes"] for unit in units)
-        return {
+        description = self.split.description.format(
+            total=self.scan.total_bytes, val_bytes=val_bytes
+        )
+        metadata = {
             "fingerprint": self.scan.fingerprint,
             "val_fingerprint": self.val_scan.fingerprint,
             "num_documents": len(self.scan.document_sizes),
-            "split_description": self.split.description.format(
-                total=self.scan.total_bytes, val_bytes=val_bytes
-            ),
-            "train_bytes": self.scan.total_bytes + self.val_scan.total_bytes - val_bytes,
+            "split_description": description,
+            "train_bytes": total_bytes - val_bytes,
             "val_bytes": val_bytes,
             "val_words": sum(unit["val_words"] for unit in units),
             "num_distinct_tokens": num_distinct_tokens,
@@ -346,6 +329,13 @@ class PreparationJob:
             "baselines": ngram_losses(train, val),
             "unseen_token_ranges": true_ranges(~is_used),
             "data_config": self.config.model_dump(),
+        }
+        return {
+            "version": FORMAT_VERSION,
+            "key": self.key,
+            "tokenizer": tokenizer_id(tokenizer),
+            "metadata": metadata,
+            "files": files,
         }
 
 
@@ -373,11 +363,9 @@ def _scan_splits(sources: Sequence[str], config: DataConfig) -> tuple[CorpusScan
 
 def _read_key(path: Path) -> str | None:
     """Return the key in a file of a prepared folder, or None if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content.get("key") if isinstance(content, dict) else None
+    with suppress(OSError, ValueError, AttributeError):  # the last if it is no JSON object
+        return json.loads(path.read_text(encoding="utf-8")).get("key")
+    return None
 
 
 def _tokenizer_key(name: str) -> str:

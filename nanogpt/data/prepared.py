@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt.data.batches import DocumentWindows, MemmapTokens, open_tokens
+from nanogpt.data.batches import DocumentWindows, MemmapTokens
 from nanogpt.data.shards import tokenizer_id
 from nanogpt.data.sources import is_prepared
 from nanogpt.errors import UserError
@@ -46,7 +46,7 @@ class PreparedData:
     def with_document_windows(self, context_length: int) -> "PreparedData":
         """Return the same data with training windows that do not cross documents."""
         document_ends = []
-        for path, offset in zip(self.train.paths, self.train.shard_offsets, strict=True):
+        for path, offset in zip(self.train.paths, self.train.shard_offsets, strict=False):
             if (ends_path := path.with_suffix(".ends")).exists():
                 document_ends.append(np.fromfile(ends_path, "<i8") + offset)
         # The last document has no end here if the validation split continues it, or if it is the
@@ -100,7 +100,7 @@ def open_splits(
     names = [file["name"] for file in files if file["name"].endswith(".bin")]
     train = [folder / name for name in names if name.startswith("train")]
     val = [folder / name for name in names if name.startswith("val")]
-    return open_tokens(train, vocab_size), open_tokens(val, vocab_size)
+    return MemmapTokens(train, vocab_size), MemmapTokens(val, vocab_size)
 
 
 def mark_verified(folder: Path, names: Sequence[str]) -> None:
@@ -125,24 +125,22 @@ def _verify_files(folder: Path, files: Sequence[dict[str, Any]]) -> None:
     for file in files:
         path = folder / file["name"]
         size = path.stat().st_size
+        problem = ""
         if size != file["bytes"]:
-            raise _damaged_error(path, f"it has {size:,} bytes, not {file['bytes']:,}")
-        if verified.get(file["name"]) != _file_stamp(path):
+            problem = f"it has {size:,} bytes, not {file['bytes']:,}"
+        elif verified.get(file["name"]) != _file_stamp(path):
             with path.open("rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
             if digest != file["sha256"]:
                 problem = f"its SHA-256 is {digest[:16]}…, not {file['sha256'][:16]}…"
-                raise _damaged_error(path, problem)
             newly_verified.append(file["name"])
+        if problem:
+            raise UserError(
+                f"The shard {path} is damaged: {problem}.",
+                "Remove this file and prepare the same text into the same folder: "
+                "only missing files are written.",
+            )
     mark_verified(folder, newly_verified)
-
-
-def _damaged_error(path: Path, problem: str) -> UserError:
-    return UserError(
-        f"The shard {path} is damaged: {problem}.",
-        "Remove this file and prepare the same text into the same folder: "
-        "only missing files are written.",
-    )
 
 
 def _verified_files(folder: Path) -> dict[str, list[int]]:

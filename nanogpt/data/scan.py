@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanogpt.data.formats import READ_BYTES, Chunk
-from nanogpt.data.sources import Source
+from nanogpt.data.formats import READ_BYTES, Chunk, Source
 from nanogpt.errors import Notice
 from nanogpt.sizes import shard_bytes
+from nanogpt.tokenizer.chunking import group_by_size
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
 
@@ -121,16 +121,8 @@ class CorpusScan:
 
     def iter_text(self) -> Iterator[str]:
         """Read all of the text once more, in strings of at least `READ_BYTES / 2` characters."""
-        pending: list[str] = []
-        size = 0
-        for text in (text for source in self.sources for text in source.iter_text()):
-            pending.append(text)
-            size += len(text)
-            if size >= READ_BYTES // 2:
-                yield "".join(pending)
-                pending = []
-                size = 0
-        yield "".join(pending)
+        texts = (text for source in self.sources for text in source.iter_text())
+        return map("".join, group_by_size(texts, READ_BYTES // 2))
 
     def iter_unit(self, index: int) -> Iterator[Chunk]:
         """Iterate over the chunks of a unit; an empty document has none."""

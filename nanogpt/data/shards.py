@@ -207,13 +207,16 @@ class _ShardWriter:
         if not self._num_tokens:
             return []
         num_bytes = self._num_tokens * self.dtype.itemsize
-        files = [_file_entry(self.path.name, num_bytes, self._digest.hexdigest())]
+        files = [(self.path.name, num_bytes, self._digest)]
         if self._document_ends:
             ends = np.frombuffer(self._document_ends, np.int64).astype("<i8").tobytes()
             ends_path = self.path.with_suffix(".ends")
             self._stack.enter_context(atomic_write(ends_path)).write_bytes(ends)
-            files.append(_file_entry(ends_path.name, len(ends), hashlib.sha256(ends).hexdigest()))
-        return files
+            files.append((ends_path.name, len(ends), hashlib.sha256(ends)))
+        return [
+            {"name": name, "bytes": num_bytes, "sha256": digest.hexdigest()}
+            for name, num_bytes, digest in files
+        ]
 
     def _flush(self) -> None:
         ids = self._buffer[0] if len(self._buffer) == 1 else np.concatenate(self._buffer)
@@ -226,7 +229,3 @@ class _ShardWriter:
         self._file.write(data)
         self._buffer = []
         self._buffered_tokens = 0
-
-
-def _file_entry(name: str, num_bytes: int, sha256: str) -> dict[str, Any]:
-    return {"name": name, "bytes": num_bytes, "sha256": sha256}

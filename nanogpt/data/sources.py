@@ -6,23 +6,20 @@ import hashlib
 import http.client
 import io
 import os
-import shutil
 import sys
 import sysconfig
-import tempfile
-import threading
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import BinaryIO, cast
 
 from nanogpt.data import formats
-from nanogpt.data.encoding import SNIFF_BYTES, binary_kind
-from nanogpt.data.formats import DEFAULT_TEXT_FIELD, Chunk, FileSpec
+from nanogpt.data.encoding import SNIFF_BYTES, identify_binary
+from nanogpt.data.formats import DEFAULT_TEXT_FIELD, Source
 from nanogpt.errors import Notice, UserError
 from nanogpt.files import atomic_write, cache_dir
 
@@ -30,90 +27,6 @@ SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A text or a table of texts, which can be read any number of times.
-
-    Attributes:
-        name: The name, which for a file in a folder is relative to that folder.
-        open: Opens the decompressed bytes.
-        encoding: The text encoding; by default detected.
-        path: The file; None for standard input and for built-in texts that are not files.
-        text_field: The field or column that holds the text of a table; by default "text".
-    """
-
-    name: str
-    open: Callable[[], BinaryIO]
-    encoding: str | None = None
-    path: Path | None = None
-    text_field: str | None = None
-
-    @property
-    def is_table(self) -> bool:
-        """Return whether the source is a table, whose records are documents."""
-        return formats.format_of(self._file_name) != "text"
-
-    @property
-    def size(self) -> int:
-        """Return the bytes on the disk, or 0 if the source is not a file."""
-        return self.path.stat().st_size if self.path else 0
-
-    @property
-    def key(self) -> Path | str:
-        """Return a key that is equal for two names of one source."""
-        return self.path.resolve() if self.path else self.name
-
-    def iter_chunks(self, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
-        """Iterate over the documents in chunks of a limited size.
-
-        Args:
-            start: The `resume_offset` of a chunk, or 0.
-            stop: The `resume_offset` of a later chunk; by default the end.
-
-        Raises:
-            UserError: The source is not text, cannot be read, is a truncated archive, or has a
-                record without the text field.
-        """
-        where = str(self.path or self.name)
-        text_field = self.text_field or DEFAULT_TEXT_FIELD
-        spec = FileSpec(self._file_name, where, self.encoding, text_field)
-        try:
-            with self.open() as stream:
-                yield from formats.iter_chunks(stream, spec, start, stop)
-        except UserError:
-            raise
-        except Exception as error:
-            if corruption := formats.corruption_message(error):
-                raise UserError(f"{where} {corruption}.", "Copy or download it again.") from error
-            if not isinstance(error, OSError):
-                raise
-            raise UserError(f"{where} cannot be read: {error.strerror or error}.") from error
-
-    def iter_documents(self) -> Iterator[Iterator[str]]:
-        """Iterate over the documents that are not empty, each an iterator over its text.
-
-        Read a document's text before advancing to the next document.
-        """
-
-        def numbered_texts() -> Iterator[tuple[int, str]]:
-            document = 0
-            for chunk in self.iter_chunks():
-                if chunk.text:
-                    yield document, chunk.text
-                document += chunk.ends_document
-
-        groups = groupby(numbered_texts(), key=lambda numbered: numbered[0])
-        return ((text for _, text in group) for _, group in groups)
-
-    def iter_text(self) -> Iterator[str]:
-        """Iterate over the text of all documents."""
-        return (chunk.text for chunk in self.iter_chunks() if chunk.text)
-
-    @property
-    def _file_name(self) -> str:
-        return self.path.name if self.path else ""
 
 
 def resolve_sources(
@@ -133,7 +46,7 @@ def resolve_sources(
     sources: dict[Path | str, Source] = {}
     for name in names:
         for source in _resolve(name, encoding, text_field):
-            source = replace(source, encoding=encoding, text_field=text_field)
+            source = replace(source, encoding=encoding, text_field=text_field or DEFAULT_TEXT_FIELD)
             sources.setdefault(source.key, source)
     return list(sources.values())
 
@@ -203,7 +116,7 @@ def _list_folder(folder: Path, encoding: str | None, text_field: str | None) -> 
         for name in sorted(name for name in file_names if not name.startswith(".")):
             path = Path(parent, name)
             source = _file_source(path.relative_to(folder).as_posix(), path)
-            source = replace(source, encoding=encoding, text_field=text_field)
+            source = replace(source, encoding=encoding)
             if not _is_text(source):
                 not_text.append(source.name)
             elif text_field is None and _lacks_text_field(source):
@@ -250,10 +163,8 @@ def _lacks_text_field(source: Source) -> bool:
         return False
     try:
         next(source.iter_chunks(), None)
-    except formats.MissingFieldError:
-        return True
-    except UserError:
-        pass
+    except UserError as error:
+        return isinstance(error, formats.MissingFieldError)
     return False
 
 
@@ -265,11 +176,11 @@ def _is_text(source: Source) -> bool:
     assert source.path is not None, "a file in a folder"
     if not source.path.is_file():  # a broken link or a pipe
         return False
-    if formats.format_of(source.name) == "parquet":
+    if source.format == "parquet":
         return True
     try:
         with source.open() as stream:
-            return binary_kind(stream.read(SNIFF_BYTES), source.encoding) is None
+            return identify_binary(stream.read(SNIFF_BYTES), source.encoding) is None
     except UserError:
         raise
     except Exception as error:
@@ -291,50 +202,17 @@ def _not_found_error(name: str, path: Path) -> UserError:
     shown = str(path.absolute())
     if len(name) >= 300:
         shown = f"{name[:100]!r}… (this looks like a text itself: give the path of a file)"
-    hint = f"No similar name in {parent}."
-    if similar:
-        hint = f"Similar names: {', '.join(similar)}."
+    hint = f"Similar names: {', '.join(similar)}." if similar else f"No similar name in {parent}."
     return UserError(f"{missing} {shown}.", f"{hint} Built-in texts: {', '.join(BUILT_IN)}.")
 
 
 def _spool(name: str, stream: BinaryIO) -> Source:
     """Copy a stream that can be read only once to a temporary file of this process."""
-    spool = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the source)
-    shutil.copyfileobj(stream, spool, formats.READ_BYTES)
-    spool.flush()
-    lock = threading.Lock()
-    return Source(name, lambda: io.BufferedReader(_SharedReader(spool, lock), formats.READ_BYTES))
-
-
-class _SharedReader(io.RawIOBase):
-    """A reader with its own position in a file that others read at the same time.
-
-    Duplicated file descriptors would share one position.
-    """
-
-    def __init__(self, file: IO[bytes], lock: threading.Lock):
-        self._file = file
-        self._lock = lock
-        self._pos = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        with self._lock:
-            self._file.seek(self._pos)
-            self._pos = self._file.seek(offset, whence)
-        return self._pos
-
-    def readinto(self, buffer: Any) -> int:
-        with self._lock:
-            self._file.seek(self._pos)
-            size = self._file.readinto(buffer)  # type: ignore[attr-defined]
-        self._pos += size
-        return size
+    spool = formats.spool(stream)
+    if not os.fstat(spool.fileno()).st_size:
+        return Source(name, io.BytesIO)
+    # Each mapping has a position of its own; duplicated file descriptors would share one.
+    return Source(name, lambda: cast(BinaryIO, mmap(spool.fileno(), 0, access=ACCESS_READ)))
 
 
 def _python_docs() -> list[Source]:
@@ -367,9 +245,10 @@ def _python_source() -> list[Source]:
 def _shakespeare() -> list[Source]:
     """Return Tiny Shakespeare, which is downloaded to the cache folder once."""
     path = cache_dir() / "shakespeare.txt"
-    if path.exists():
-        _check_shakespeare(path.read_bytes(), str(path), f"Remove {path}.")
+    if is_cached := path.exists():
+        content, name, fix = path.read_bytes(), str(path), f"Remove {path}."
     else:
+        name = f"The download from {SHAKESPEARE_URL}"
         fix = f"Put the file at {path}, or use `python-docs`, which needs no download."
         try:
             with urllib.request.urlopen(SHAKESPEARE_URL, timeout=20) as response:
@@ -378,13 +257,6 @@ def _shakespeare() -> list[Source]:
             raise UserError(
                 f"Tiny Shakespeare could not be downloaded from {SHAKESPEARE_URL} ({error}).", fix
             ) from error
-        _check_shakespeare(content, f"The download from {SHAKESPEARE_URL}", fix)
-        with atomic_write(path) as tmp_path:
-            tmp_path.write_bytes(content)
-    return [_file_source("shakespeare", path)]
-
-
-def _check_shakespeare(content: bytes, name: str, fix: str) -> None:
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHAKESPEARE_SHA256:
         raise UserError(
@@ -392,6 +264,10 @@ def _check_shakespeare(content: bytes, name: str, fix: str) -> None:
             f"not {SHAKESPEARE_SHA256[:16]}….",
             fix,
         )
+    if not is_cached:
+        with atomic_write(path) as tmp_path:
+            tmp_path.write_bytes(content)
+    return [_file_source("shakespeare", path)]
 
 
 BUILT_IN: dict[str, Callable[[], list[Source]]] = {

@@ -32,7 +32,6 @@ class Decoder(Protocol):
         Returns:
             Logits (V,) float32.
         """
-        ...
 
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> np.ndarray:
         """Append one token to each of several slots and return the next tokens' logits.
@@ -44,7 +43,6 @@ class Decoder(Protocol):
         Returns:
             Logits (len(slots), V) float32.
         """
-        ...
 
 
 @runtime_checkable
@@ -78,11 +76,9 @@ class MultiStepDecoder(Decoder, Protocol):
             Logits after each appended token, (T, V) float32 without the bias, and the T - 1
             sampled tokens.
         """
-        ...
 
     def rollback(self, slot: int, n: int) -> None:
         """Remove the last `n` tokens of a slot."""
-        ...
 
 
 def create_decoder(

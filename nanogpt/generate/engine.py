@@ -72,14 +72,10 @@ class Engine:
 
         A sequence that runs alone may get several tokens.
         """
-        outputs = self._schedule()
+        outputs = self._evict_cancelled() + self._admit()
         if self.running:
             outputs += self._postprocess(self._run())
         return outputs
-
-    def _schedule(self) -> list[StepOutput]:
-        """Evict cancelled sequences, then admit waiting ones."""
-        return self._evict_cancelled() + self._admit()
 
     def _evict_cancelled(self) -> list[StepOutput]:
         cancelled = [seq for seq in (*self.running, *self.waiting) if seq.is_cancelled]
@@ -178,8 +174,7 @@ class Engine:
             none_seen = np.zeros(vocab_size, bool)
             rows = [seq.token_seen for seq in output.sequences]
             seen = np.stack([none_seen if row is None else row for row in rows])
-        tokens: list[int] = self.sampler(output.logits, output.uniforms, seen).tolist()
-        return tokens
+        return self.sampler(output.logits, output.uniforms, seen).tolist()
 
 
 def _top_logprobs(logprobs: np.ndarray, n: int) -> list[tuple[int, float]]:

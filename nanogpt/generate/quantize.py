@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -54,33 +53,21 @@ def make_linear(
         bias = None if bias is None else bias.to(dtype)
         return lambda x: F.linear(x.to(dtype), weight, bias)
     q_weight, scale = quantize(weight, precision)
-    padding = -weight.shape[1] % K_MULTIPLE
-    unit_scale = torch.ones(len(weight), dtype=torch.bfloat16)
-    return partial(
-        _int8_linear,
-        q_weight=F.pad(q_weight, (0, padding)),
-        unit_scale=unit_scale,
-        scale=scale,
-        bias=bias,
-        padding=padding,
-    )
+    N, K = weight.shape
+    padding = -K % K_MULTIPLE
+    q_weight = F.pad(q_weight, (0, padding))
+    unit_scale = torch.ones(N, dtype=torch.bfloat16)
 
+    def int8_linear(x: Tensor) -> Tensor:
+        shape = (*x.shape[:-1], N)
+        if padding:
+            x = F.pad(x, (0, padding))
+        rows = x.to(torch.bfloat16).reshape(-1, K + padding)
+        y = torch._weight_int8pack_mm(rows, q_weight, unit_scale).view(shape)
+        # Scaled here in float32, because the kernel takes only bfloat16 scales.
+        return y * scale if bias is None else torch.addcmul(bias, y, scale)
 
-def _int8_linear(
-    x: Tensor,
-    q_weight: Tensor,
-    unit_scale: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    padding: int,
-) -> Tensor:
-    shape = (*x.shape[:-1], len(q_weight))
-    if padding:
-        x = F.pad(x, (0, padding))
-    rows = x.to(torch.bfloat16).reshape(-1, q_weight.shape[1])
-    y = torch._weight_int8pack_mm(rows, q_weight, unit_scale).view(shape)
-    # Scaled here in float32, because the kernel takes only bfloat16 scales.
-    return y * scale if bias is None else torch.addcmul(bias, y, scale)
+    return int8_linear
 
 
 @torch.no_grad()

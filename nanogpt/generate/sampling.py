@@ -136,9 +136,9 @@ class Sampler:
         """Sample tokens (B,) from logits (B, V) with one random number in [0, 1) per row."""
         logits = self.process_logits(logits, seen)
         tokens = sample_from_logits(logits, np.array(uniforms))
-        return (
-            np.where(self.is_greedy, logits.argmax(axis=1), tokens) if self.any_greedy else tokens
-        )
+        if self.any_greedy:
+            tokens = np.where(self.is_greedy, logits.argmax(axis=1), tokens)
+        return tokens
 
 
 def make_logit_bias(settings: SamplingConfig, vocab_size: int) -> np.ndarray:

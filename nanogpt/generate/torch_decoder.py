@@ -41,7 +41,8 @@ class TorchDecoder:
     def prefill(self, slot: int, ids: Sequence[int]) -> np.ndarray:
         """Implement `Decoder.prefill`; a prompt that another slot holds is copied from there."""
         ids = tuple(ids)
-        cached_row = self._find_prefill(ids)
+        entries = enumerate(self.prefill_cache)
+        cached_row = next((row for row, entry in entries if entry and entry[0] == ids), None)
         if cached_row is None:
             self.cache.lengths[slot] = 0
             # Set only after the forward pass, which an interrupt may end.
@@ -55,11 +56,6 @@ class TorchDecoder:
         cached = self.prefill_cache[slot] = self.prefill_cache[cached_row]
         assert cached is not None
         return cached[1].copy()
-
-    def _find_prefill(self, ids: tuple[int, ...]) -> int | None:
-        """Return a slot that was prefilled with the same ids."""
-        cached = enumerate(self.prefill_cache)
-        return next((slot for slot, entry in cached if entry and entry[0] == ids), None)
 
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> np.ndarray:
         """Implement `Decoder.decode`."""

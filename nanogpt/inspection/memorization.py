@@ -9,8 +9,7 @@ candidates: only that many, evenly spread over the training text, are compared.
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from nanogpt.inspection.fingerprint_index import (
     char_starts,
     fingerprints,
 )
+from nanogpt.inspection.results import Result
 
 # Held-out text rarely shares longer passages by chance, and every passage of 31 bytes is found.
 MIN_PASSAGE_BYTES = 32
@@ -86,7 +86,7 @@ class HeldOutBaseline:
 
 
 @dataclass(frozen=True)
-class Memorization:
+class Memorization(Result):
     """Verbatim overlap of a text with the training text.
 
     Attributes:
@@ -150,11 +150,6 @@ class Memorization:
             f"{conclusion}: {overlap} Baseline: {baseline.num_windows:,} held-out windows of equal "
             f"length, median {baseline.median_fraction:.1%}{as_much}.{excluded}"
         )
-
-    def asdict(self) -> dict[str, Any]:
-        """Return the fields, `longest`, `is_memorizing` and `summary` for JSON."""
-        names = ("longest", "is_memorizing", "summary")
-        return asdict(self) | {name: getattr(self, name) for name in names}
 
 
 def measure_memorization(index: FingerprintIndex, text: str) -> Memorization:
@@ -230,14 +225,12 @@ def _measure_baseline(
     # Tokens differ in size; 25 % and 64 tokens more than the mean reach `window_bytes`.
     window_tokens = min(len(held_out), int(1.25 * window_bytes / bytes_per_token) + 64)
     margin = int(DUPLICATE_BYTES / bytes_per_token)
-    measured = []
-    num_duplicated = 0
-    for start in np.linspace(0, len(held_out) - window_tokens, num_windows).astype(int).tolist():
-        overlap = _measure_window(index, start, start + window_tokens, margin, window_bytes)
-        if overlap is None:
-            num_duplicated += 1
-        else:
-            measured.append(overlap)
+    overlaps = [
+        _measure_window(index, start, start + window_tokens, margin, window_bytes)
+        for start in np.linspace(0, len(held_out) - window_tokens, num_windows).astype(int).tolist()
+    ]
+    measured = [overlap for overlap in overlaps if overlap is not None]
+    num_duplicated = len(overlaps) - len(measured)
     if not measured:
         return HeldOutBaseline(0, 0, 0.0, 0.0, 0, num_duplicated)
     return HeldOutBaseline(
@@ -288,11 +281,10 @@ def find_matches(
     """
     padding = np.full(MIN_PASSAGE_BYTES, PADDING_BYTE, np.uint8)
     padded = np.concatenate([padding[:WINDOW_BYTES], text, padding])
+    num_windows = max(0, len(text) - WINDOW_BYTES + 1)
     chunks = [
-        _match_windows(
-            index, padded, start, min(start + LOOKUP_CHUNK, len(text) - WINDOW_BYTES + 1)
-        )
-        for start in range(0, max(0, len(text) - WINDOW_BYTES + 1), LOOKUP_CHUNK)
+        _match_windows(index, padded, start, min(start + LOOKUP_CHUNK, num_windows))
+        for start in range(0, num_windows, LOOKUP_CHUNK)
     ]
     offsets, positions, left, right = np.concatenate([np.empty((4, 0), np.int64), *chunks], axis=1)
     # Windows of one passage are WINDOW_BYTES apart in both texts. Keep its first and last one.

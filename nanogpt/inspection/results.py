@@ -12,7 +12,21 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Surprisal:
+class Result:
+    """A result of inspection."""
+
+    def asdict(self) -> dict[str, Any]:
+        """Return the fields and the properties as plain lists and numbers."""
+        values = asdict(self)
+        for name, attribute in vars(type(self)).items():
+            if isinstance(attribute, property):
+                values[name] = getattr(self, name)
+        arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+        return values | {name: array.tolist() for name, array in arrays.items()}
+
+
+@dataclass(frozen=True)
+class Surprisal(Result):
     """The surprisal of each token of a text, in bits: -log2 of its predicted probability.
 
     A text longer than the context is read in consecutive windows, as in `evaluate`. The first
@@ -84,17 +98,6 @@ class Surprisal:
                 yield i, token_text, pending_bits
                 pending_bits = 0.0
 
-    def asdict(self) -> dict[str, Any]:
-        """Return the fields, the totals and the means as plain lists and numbers."""
-        names = (
-            "total_bits",
-            "bits_per_token",
-            "bits_per_byte",
-            "bits_per_character",
-            "character_bits",
-        )
-        return asdict(self) | {name: getattr(self, name) for name in names}
-
 
 @dataclass(frozen=True)
 class HeadStats:
@@ -118,7 +121,7 @@ class HeadStats:
 
 
 @dataclass(frozen=True)
-class AttentionWeights:
+class AttentionWeights(Result):
     """Attention weights of all heads on one window of a text.
 
     Attributes:
@@ -179,7 +182,7 @@ class NeuronStats:
 
 
 @dataclass(frozen=True)
-class Excerpt:
+class Excerpt(Result):
     """An excerpt of held-out text around a token with a high activation.
 
     Attributes:
@@ -194,13 +197,9 @@ class Excerpt:
     peak: int
     position: int
 
-    def asdict(self) -> dict[str, Any]:
-        """Return the fields as plain lists and numbers."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class NeuronActivations:
+class NeuronActivations(Result):
     """Activations of one MLP neuron on a text.
 
     A neuron is a channel of the input of `down_proj`: after GELU in `gpt2`, after the product of
@@ -223,13 +222,9 @@ class NeuronActivations:
     top_neurons: list[NeuronStats]
     excerpts: list[Excerpt] = field(default_factory=list)
 
-    def asdict(self) -> dict[str, Any]:
-        """Return the fields as plain lists and numbers."""
-        return asdict(self) | {"activations": self.activations.tolist()}
-
 
 @dataclass(frozen=True)
-class Embedding:
+class Embedding(Result):
     """Principal components of the token embeddings, without tokens unseen in training.
 
     The sign of a component is chosen so that its coordinate of largest magnitude is positive.
@@ -245,10 +240,3 @@ class Embedding:
     token_ids: list[int]
     coords: np.ndarray
     explained_variance_ratio: tuple[float, float]
-
-    def asdict(self) -> dict[str, Any]:
-        """Return the fields as plain lists and numbers."""
-        return asdict(self) | {
-            "coords": self.coords.tolist(),
-            "explained_variance_ratio": list(self.explained_variance_ratio),
-        }

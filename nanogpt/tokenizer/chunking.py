@@ -46,25 +46,26 @@ def iter_batches(texts: Iterable[str], pattern: re.Pattern[str]) -> Iterator[lis
             joined = "".join(pending)
             stop = _last_safe_split(joined, pattern)
             stop += (len(joined) - stop - 1) // MAX_CHUNK_CHARS * MAX_CHUNK_CHARS
-            yield from _batch_chunks(joined, stop, pattern)
+            yield from group_by_size(_iter_chunks(joined, stop, pattern), MAX_CHUNK_CHARS)
             pending = [joined[stop:]]
             size = len(joined) - stop
     joined = "".join(pending)
-    yield from _batch_chunks(joined, len(joined), pattern)
+    yield from group_by_size(_iter_chunks(joined, len(joined), pattern), MAX_CHUNK_CHARS)
 
 
-def _batch_chunks(text: str, stop: int, pattern: re.Pattern[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def group_by_size(texts: Iterable[str], min_chars: int) -> Iterator[list[str]]:
+    """Group consecutive texts to at least `min_chars` characters; the last group may be smaller."""
+    group: list[str] = []
     size = 0
-    for chunk in _iter_chunks(text, stop, pattern):
-        batch.append(chunk)
-        size += len(chunk)
-        if size >= MAX_CHUNK_CHARS:
-            yield batch
-            batch = []
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size >= min_chars:
+            yield group
+            group = []
             size = 0
-    if batch:
-        yield batch
+    if group:
+        yield group
 
 
 def _iter_chunks(text: str, stop: int, pattern: re.Pattern[str]) -> Iterator[str]:

@@ -12,6 +12,8 @@ from typing import Any
 from nanogpt.errors import UserError
 
 Spec = dict[str, Any]  # a parsed tokenizer.json, or a part of one
+Vocab = dict[str, int]
+Merges = list[list[str]]
 
 EOT = "<|end|>"  # ends a document
 # Names of that token in other tokenizers, in order of preference.
@@ -42,6 +44,10 @@ SPACE_SPLIT = {
     "behavior": "MergedWithNext",
     "invert": False,
 }
+USE_ANOTHER = (
+    "Use a byte-level BPE like GPT-2's, one with byte_fallback like Llama's, or train one with "
+    "tokenizer = bpe."
+)
 # Pre-tokenizers that only split the text, unless their behavior is "Removed".
 SPLITTING_TYPES = ("Split", "Digits", "Punctuation", "UnicodeScripts")
 
@@ -63,7 +69,8 @@ def make_lossless(spec: Spec) -> Spec:
         raise _unsupported("its BPE has a dropout, a subword prefix or an end-of-word suffix")
     is_byte_level = any(step["type"] == "ByteLevel" for step in _steps(spec["pre_tokenizer"]))
     convert = _convert_byte_level if is_byte_level else _convert_byte_fallback
-    vocab, merges, splits = convert(spec)
+    added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    vocab, merges, splits = convert(spec, model["vocab"] | added)
     eot = find_eot(vocab)
     if eot is None:
         eot = EOT
@@ -98,14 +105,13 @@ def make_lossless(spec: Spec) -> Spec:
     }
 
 
-def find_eot(vocab: dict[str, int]) -> str | None:
+def find_eot(vocab: Vocab) -> str | None:
     """Return the name of the token that ends a document, if it has one of the usual names."""
     return next((name for name in EOT_NAMES if name in vocab), None)
 
 
-def _convert_byte_level(spec: Spec) -> tuple[dict[str, int], list[list[str]], list[Spec]]:
+def _convert_byte_level(spec: Spec, vocab: Vocab) -> tuple[Vocab, Merges, list[Spec]]:
     """Return the vocabulary, merges and pre-tokenizers of a byte-level tokenizer."""
-    vocab = _vocabulary(spec)
     missing = [byte for byte, char in enumerate(BYTE_TO_UNICODE) if char not in vocab]
     if missing:
         raise _unsupported(
@@ -124,9 +130,8 @@ def _convert_byte_level(spec: Spec) -> tuple[dict[str, int], list[list[str]], li
     return vocab, spec["model"]["merges"], splits
 
 
-def _convert_byte_fallback(spec: Spec) -> tuple[dict[str, int], list[list[str]], list[Spec]]:
+def _convert_byte_fallback(spec: Spec, vocab: Vocab) -> tuple[Vocab, Merges, list[Spec]]:
     """Return the vocabulary, merges and pre-tokenizers of a tokenizer with byte fallback."""
-    vocab = _vocabulary(spec)
     merges = spec["model"]["merges"]
     missing = [name for name in BYTES if name not in vocab]
     if missing or not spec["model"]["byte_fallback"]:
@@ -150,7 +155,7 @@ def _convert_byte_fallback(spec: Spec) -> tuple[dict[str, int], list[list[str]],
     return vocab, merges, splits
 
 
-def _restore_spaces(spec: Spec, vocab: dict[str, int]) -> dict[str, int]:
+def _restore_spaces(spec: Spec, vocab: Vocab) -> Vocab:
     """Replace `SPACE` by a space in all tokens, so that a `SPACE` in a text stays one."""
     special = {token["content"] for token in spec["added_tokens"] if token["special"]}
     renamed = {
@@ -169,12 +174,6 @@ def _split_at_spaces(steps: list[Spec]) -> list[Spec]:
         if separator not in (SPACE, " "):
             raise _unsupported("its pre-tokenizers split at other characters than spaces")
     return [dict(SPACE_SPLIT) for step in steps if step.get("split")]
-
-
-def _vocabulary(spec: Spec) -> dict[str, int]:
-    """Return the model's tokens and the added tokens."""
-    added = {token["content"]: token["id"] for token in spec["added_tokens"]}
-    return spec["model"]["vocab"] | added
 
 
 def _steps(step: Spec | None) -> list[Spec]:
@@ -198,10 +197,5 @@ def _normalizer_error(step: Spec) -> UserError:
     )
 
 
-def _unsupported(reason: str, fix: str = "") -> UserError:
-    return UserError(
-        f"This tokenizer.json cannot encode every text exactly: {reason}.",
-        fix
-        or "Use a byte-level BPE like GPT-2's, one with byte_fallback like Llama's, or train one "
-        "with tokenizer = bpe.",
-    )
+def _unsupported(reason: str, fix: str = USE_ANOTHER) -> UserError:
+    return UserError(f"This tokenizer.json cannot encode every text exactly: {reason}.", fix)

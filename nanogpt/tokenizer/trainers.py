@@ -16,8 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nanogpt.errors import Notice, UserError
 from nanogpt.tokenizer.lossless import BYTE_TO_UNICODE, BYTES, EOT
@@ -29,14 +28,12 @@ SAMPLE_BLOCK_CHARS = 1 << 16
 MIN_DEFAULT_VOCAB_SIZE = 512
 MAX_DEFAULT_VOCAB_SIZE = 32_768
 NUM_RESERVED = len(BYTES) + 1  # the bytes and the token that ends a document
-WORDS = tokenizers.Regex(r"\w+|\s|[^\w\s]")
+WORDS = Regex(r"\w+|\s|[^\w\s]")
 
-Trainer = Callable[[Iterable[str], int | None, int | None], tokenizers.Tokenizer]
+Trainer = Callable[[Iterable[str], int | None, int | None], Tokenizer]
 
 
-def train_char(
-    texts: Iterable[str], vocab_size: int | None = None, n_bytes: int | None = None
-) -> tokenizers.Tokenizer:
+def train_char(texts: Iterable[str], vocab_size: int | None, n_bytes: int | None) -> Tokenizer:
     """Return a tokenizer with every character of the text, in code point order, then the bytes."""
     is_used = np.zeros(NUM_CODE_POINTS, bool)
     for text in texts:
@@ -44,20 +41,16 @@ def train_char(
     return _byte_fallback_tokenizer([chr(point) for point in np.flatnonzero(is_used)])
 
 
-def train_byte(
-    texts: Iterable[str], vocab_size: int | None = None, n_bytes: int | None = None
-) -> tokenizers.Tokenizer:
+def train_byte(texts: Iterable[str], vocab_size: int | None, n_bytes: int | None) -> Tokenizer:
     """Return a tokenizer with the 256 bytes, which does not depend on the text."""
     vocab = {name: token for token, name in enumerate([*BYTE_TO_UNICODE, EOT])}
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def train_word(
-    texts: Iterable[str], vocab_size: int | None = None, n_bytes: int | None = None
-) -> tokenizers.Tokenizer:
+def train_word(texts: Iterable[str], vocab_size: int | None, n_bytes: int | None) -> Tokenizer:
     """Return a tokenizer with the characters and words of the text, then the bytes.
 
     If the vocabulary is too small for all of them, frequent characters come first, then frequent
@@ -73,7 +66,7 @@ def train_word(
         counts[: len(block_counts)] += block_counts
     by_frequency = np.argsort(-counts, kind="stable")[: min(max_units, np.count_nonzero(counts))]
     chars = [chr(point) for point in np.sort(by_frequency)]
-    counter = tokenizers.Tokenizer(models.WordLevel())
+    counter = Tokenizer(models.WordLevel())
     counter.pre_tokenizer = pre_tokenizers.Split(WORDS, "isolated")
     # The trainer counts single characters as words, too.
     word_trainer = trainers.WordLevelTrainer(
@@ -83,24 +76,19 @@ def train_word(
     ranked = sorted(counter.get_vocab().items(), key=lambda item: item[1])
     words = [name for name, _ in ranked if len(name) > 1]
     units = chars + words[: max_units - len(chars)]
-    _require_supported(
-        vocab_size,
-        len(units) + NUM_RESERVED,
-        "words that occur at least twice, characters and bytes",
-    )
+    what = "words that occur at least twice, characters and bytes"
+    _require_supported(vocab_size, len(units) + NUM_RESERVED, what)
     backend = _byte_fallback_tokenizer(units, ignore_merges=True)
     backend.pre_tokenizer = pre_tokenizers.Split(WORDS, "isolated")
     return backend
 
 
-def train_bpe(
-    texts: Iterable[str], vocab_size: int | None = None, n_bytes: int | None = None
-) -> tokenizers.Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int | None, n_bytes: int | None) -> Tokenizer:
     """Return a tokenizer with the 256 bytes, then merges of pairs that occur at least twice."""
     blocks, total_bytes = sample_blocks("bpe", texts, n_bytes)
     max_tokens = vocab_size or default_vocab_size(total_bytes)
     _require_reserved(max_tokens - NUM_RESERVED)
-    backend = tokenizers.Tokenizer(models.BPE())
+    backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     bpe_trainer = trainers.BpeTrainer(
@@ -114,7 +102,7 @@ def train_bpe(
     _require_supported(vocab_size, num_tokens, "pairs that occur at least twice, and bytes")
     spec = json.loads(backend.to_str())
     spec["model"]["vocab"][EOT] = num_tokens - 1
-    return tokenizers.Tokenizer.from_str(json.dumps(spec))
+    return Tokenizer.from_str(json.dumps(spec))
 
 
 TRAINERS: dict[str, Trainer] = {
@@ -177,7 +165,7 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
-def _byte_fallback_tokenizer(units: list[str], ignore_merges: bool = False) -> tokenizers.Tokenizer:
+def _byte_fallback_tokenizer(units: list[str], ignore_merges: bool = False) -> Tokenizer:
     """Return a tokenizer for these units, all bytes, and the token that ends a document."""
     model = models.BPE(
         vocab={name: token for token, name in enumerate([*units, *BYTES, EOT])},
@@ -185,7 +173,7 @@ def _byte_fallback_tokenizer(units: list[str], ignore_merges: bool = False) -> t
         byte_fallback=True,
         ignore_merges=ignore_merges,
     )
-    backend = tokenizers.Tokenizer(model)
+    backend = Tokenizer(model)
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return backend
 

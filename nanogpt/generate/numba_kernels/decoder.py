@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
+import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ class NumbaDecoder:
         self.num_slots = num_slots
         self.context_length = config.context_length
         self.vocab_size = model.vocab_size
-        self.threads = min(threads, kernels.max_threads())
+        self.threads = min(threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         self.lengths = [0] * num_slots  # cached tokens of each slot
         is_qwen3 = config.arch == "qwen3"
         self.shape = structs.ModelShape(
@@ -67,15 +68,9 @@ class NumbaDecoder:
         # Average multiply-adds per token of a stage; a layer has four matmuls and attention.
         num_stages = 5 * config.n_layer + 1
         self.macs_per_stage = sum(matrix.size for matrix in matrices) / num_stages
-        self.no_sampling = structs.SamplingInputs(
-            np.float32(1),
-            np.zeros(self.vocab_size, np.float32),
-            np.zeros(0),
-            np.zeros(self.vocab_size, np.float32),
-        )
-        self.cache = alloc_cache(
-            self.shape, config.n_layer, num_slots, config.context_length, precision
-        )
+        no_bias, probs = np.zeros((2, self.vocab_size), np.float32)
+        self.no_sampling = structs.SamplingInputs(np.float32(1), no_bias, np.zeros(0), probs)
+        self.cache = self.alloc_cache(precision)
         self.workspace = self.alloc_workspace(precision)
         with defer_sigint():  # compiles the kernels, or loads them from the cache
             self.prefill(0, [0])
@@ -107,12 +102,8 @@ class NumbaDecoder:
         assert length + num_steps <= self.context_length, "more tokens than the context holds"
         tokens = np.zeros(num_steps, np.int64)
         tokens[0] = token
-        sampling = structs.SamplingInputs(
-            np.float32(temperature),
-            logit_bias,
-            np.array(uniforms[:-1], np.float64),
-            self.no_sampling.probs,
-        )
+        probs, drawn = self.no_sampling.probs, np.array(uniforms[:-1], np.float64)
+        sampling = structs.SamplingInputs(np.float32(temperature), logit_bias, drawn, probs)
         layout = structs.BatchLayout(tokens, np.array([slot]), np.array([0, 1]), np.array([length]))
         logits = self._forward(layout, sampling)
         self.lengths[slot] += num_steps
@@ -134,13 +125,8 @@ class NumbaDecoder:
         for m, slot in enumerate(slots):
             self.lengths[slot] += starts[m + 1] - starts[m]
             assert self.lengths[slot] <= self.context_length, "more tokens than the context holds"
-        layout = structs.BatchLayout(
-            tokens=np.array(ids, np.int64),
-            slots=np.array(slots, np.int64),
-            starts=np.array(starts, np.int64),
-            num_cached=np.array(num_cached, np.int64),
-        )
-        return self._forward(layout, self.no_sampling)
+        arrays = (np.array(values, np.int64) for values in (ids, slots, starts, num_cached))
+        return self._forward(structs.BatchLayout(*arrays), self.no_sampling)
 
     def _forward(self, layout: structs.BatchLayout, sampling: structs.SamplingInputs) -> np.ndarray:
         """Call `kernels.forward` with the threads that the batch is worth; return the logits."""
@@ -191,33 +177,26 @@ class NumbaDecoder:
             task_counters=np.zeros((self.max_steps * num_stages, kernels.COUNTERS), np.int64),
         )
 
+    def alloc_cache(self, precision: Precision) -> structs.KVCache:
+        """Allocate an empty KV cache, of panels like those of weights (see `structs`)."""
+        dtype, pair = (np.int8, 2) if precision == "int8" else (np.float32, 1)
+        S = _round_up(self.context_length, NR)
+        D = self.shape.head_dim
+        heads = (len(self.weights.qkv_proj), self.num_slots, self.shape.n_kv_head)
+
+        def panels(num_outputs: int, num_inputs: int) -> np.ndarray:
+            return np.zeros((*heads, num_outputs // NR, -(-num_inputs // pair), pair * NR), dtype)
+
+        return structs.KVCache(
+            keys=panels(S, D),
+            key_scales=np.ones((*heads, S), np.float32),
+            values=panels(_round_up(D, NR), S),
+            value_scales=np.ones((*heads, S), np.float32),
+        )
+
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-def alloc_cache(
-    shape: structs.ModelShape,
-    n_layer: int,
-    num_slots: int,
-    context_length: int,
-    precision: Precision,
-) -> structs.KVCache:
-    """Allocate an empty KV cache, of panels like those of weights (see `structs`)."""
-    dtype, pair = (np.int8, 2) if precision == "int8" else (np.float32, 1)
-    S = _round_up(context_length, NR)
-    D = shape.head_dim
-    heads = (n_layer, num_slots, shape.n_kv_head)
-
-    def panels(num_outputs: int, num_inputs: int) -> np.ndarray:
-        return np.zeros((*heads, num_outputs // NR, -(-num_inputs // pair), pair * NR), dtype)
-
-    return structs.KVCache(
-        keys=panels(S, D),
-        key_scales=np.ones((*heads, S), np.float32),
-        values=panels(_round_up(D, NR), S),
-        value_scales=np.ones((*heads, S), np.float32),
-    )
 
 
 @contextmanager
@@ -288,15 +267,12 @@ def pack_weights(model: GPT, precision: Precision) -> structs.Weights:
     }
     for name, linears in layers.items():
         num_parts = 2 if name == "up_proj" and is_qwen3 else 1  # gates and values
-        panels, scale_biases = zip(
-            *(
-                pack_panels(*quantize(linear.weight, precision), linear.bias, num_parts)
-                for linear in linears
-            ),
-            strict=True,
-        )
-        tensors[name] = torch.stack(panels)
-        tensors[f"{name}_scale_bias"] = torch.stack(scale_biases)
+        packed = [
+            pack_panels(*quantize(linear.weight, precision), linear.bias, num_parts)
+            for linear in linears
+        ]
+        panels, scale_biases = map(torch.stack, zip(*packed, strict=True))
+        tensors |= {name: panels, f"{name}_scale_bias": scale_biases}
     tensors["lm_head"], tensors["lm_head_scale_bias"] = pack_panels(lm_head, lm_head_scale, None)
     return structs.Weights(**{name: _to_numpy(tensor) for name, tensor in tensors.items()})
 

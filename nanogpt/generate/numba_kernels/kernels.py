@@ -14,6 +14,7 @@ import numba
 import numpy as np
 from numba import prange
 
+from nanogpt.generate.numba_kernels import rowwise
 from nanogpt.generate.numba_kernels.microkernel import (
     MR,
     NR,
@@ -22,18 +23,6 @@ from nanogpt.generate.numba_kernels.microkernel import (
     gemm_8x32,
     gemv_64,
     njit_cached,
-)
-from nanogpt.generate.numba_kernels.rowwise import (
-    ONE,
-    apply_rotary_emb,
-    gelu,
-    layer_norm,
-    quantize_int8,
-    quantize_int16,
-    rms_norm,
-    scale,
-    silu,
-    softmax,
 )
 from nanogpt.generate.numba_kernels.structs import (
     QUERY_BLOCK,
@@ -73,10 +62,10 @@ PRANGE_ONLY = dict.fromkeys(
 def normalize(shape, norm, x, out, out_q):
     """Normalize x (C,) into out by norm (2, C) and quantize to out_q; return the scale."""
     if shape.is_qwen3:
-        rms_norm(x, norm[0], shape.norm_eps, out)
+        rowwise.rms_norm(x, norm[0], shape.norm_eps, out)
     else:
-        layer_norm(x, norm[0], norm[1], shape.norm_eps, out)
-    return quantize_int16(out, out_q)
+        rowwise.layer_norm(x, norm[0], norm[1], shape.norm_eps, out)
+    return rowwise.quantize_int16(out, out_q)
 
 
 @njit_cached
@@ -121,7 +110,7 @@ def linear_gelu(panel, scale_bias, x, y, column):
     for n in range(len(y)):
         row = y[n, column : column + NR]
         for j in range(NR):
-            row[j] = gelu(row[j])
+            row[j] = rowwise.gelu(row[j])
 
 
 @njit_cached(fastmath={"contract"})
@@ -133,7 +122,7 @@ def linear_swiglu(panels, scale_bias, x, y, column):
     for n in range(len(y)):
         row, values = y[n, column : column + NR], y[n, hidden + column : hidden + column + NR]
         for j in range(NR):
-            row[j] = silu(row[j]) * values[j]
+            row[j] = rowwise.silu(row[j]) * values[j]
 
 
 @njit_cached
@@ -142,7 +131,7 @@ def sample(logits, sampling, uniform):
     probs, cumulative = sampling.probs, 0.0
     for v in range(probs.size):
         probs[v] = (logits[v] + sampling.logit_bias[v]) / sampling.temperature
-    target = uniform * softmax(probs)
+    target = uniform * rowwise.softmax(probs)
     for v in range(probs.size):
         cumulative += probs[v]
         if cumulative > target:
@@ -154,8 +143,8 @@ def sample(logits, sampling, uniform):
 def norm_and_rope(shape, norm, cos_sin, position, x):
     """Normalize and rotate a query or key x (D,) in place, in qwen3."""
     if shape.is_qwen3:
-        rms_norm(x, norm, shape.norm_eps, x)
-        apply_rotary_emb(x, cos_sin[0, position], cos_sin[1, position])
+        rowwise.rms_norm(x, norm, shape.norm_eps, x)
+        rowwise.apply_rotary_emb(x, cos_sin[0, position], cos_sin[1, position])
 
 
 @njit_cached
@@ -163,8 +152,8 @@ def write_kv(shape, norm, cos_sin, key, value, position, cache):
     """Write the key and value (D,) at a position to the cache of their head, changing both."""
     is_int8 = cache.keys.shape[2] // NR - 1  # 1 if panels hold pairs, else 0
     norm_and_rope(shape, norm, cos_sin, position, key)
-    cache.key_scales[position] = quantize_int8(key, is_int8)
-    cache.value_scales[position] = quantize_int8(value, is_int8)
+    cache.key_scales[position] = rowwise.quantize_int8(key, is_int8)
+    cache.value_scales[position] = rowwise.quantize_int8(value, is_int8)
     panel, column = cache.keys[position // NR], position % NR << is_int8
     for d in range(key.size):
         panel[d >> is_int8, column + (d & is_int8)] = key[d]
@@ -189,7 +178,7 @@ def attention(rope, queries, queries_q, num_cached, cache, scratch, out):
     shape, norm, cos_sin = rope
     scores, probs, scales, acc = scratch
     D, is_int8 = shape.head_dim, cache.keys.shape[2] // NR - 1
-    inverse_sqrt = ONE / np.sqrt(np.float32(shape.head_dim))
+    inverse_sqrt = rowwise.ONE / np.sqrt(np.float32(shape.head_dim))
     for first in range(0, len(queries), QUERY_BLOCK):
         T = min(QUERY_BLOCK, len(queries) - first)
         for t in range(T):
@@ -197,7 +186,7 @@ def attention(rope, queries, queries_q, num_cached, cache, scratch, out):
             norm_and_rope(shape, norm, cos_sin, num_cached + first + t, query)
             for d in range(query.size):
                 query[d] *= inverse_sqrt
-            scales[0, t] = quantize_int16(query, queries_q[first + t, :D])
+            scales[0, t] = rowwise.quantize_int16(query, queries_q[first + t, :D])
         # The positions that any of these queries sees, from a multiple of 64 on.
         start = max(0, num_cached + first - shape.window + 1) // NR * NR
         stop = num_cached + first + T
@@ -207,13 +196,13 @@ def attention(rope, queries, queries_q, num_cached, cache, scratch, out):
             row_stop = num_cached + first + t + 1
             row_start = max(start, row_stop - shape.window)
             row = scores[t, row_start - start : row_stop - start]
-            scale(row, scales[0, t], cache.key_scales[row_start:row_stop])
-            total = softmax(row)
-            scale(row, ONE, cache.value_scales[row_start:row_stop])
+            rowwise.scale(row, scales[0, t], cache.key_scales[row_start:row_stop])
+            total = rowwise.softmax(row)
+            rowwise.scale(row, rowwise.ONE, cache.value_scales[row_start:row_stop])
             probs[t, : row_start - start] = 0
             probs[t, row_stop - start : (stop - start + NR - 1) // NR * NR] = 0
             row_q = probs[t, row_start - start : row_stop - start]
-            scales[1, t] = quantize_int16(row, row_q) / total
+            scales[1, t] = rowwise.quantize_int16(row, row_q) / total
         for p in range(len(cache.values)):
             panel = cache.values[p, start >> is_int8 : stop + is_int8 >> is_int8]
             matmul_panel(panel, probs[:T], acc[:T], INT64_ZERO)
@@ -324,7 +313,7 @@ def run_task(stage, i, step, layer, thread, batch):
     elif stage in (WRITE_KV, ATTENTION):
         run_head_task(stage, i, layer, thread, batch)
     elif stage == QUANT_ATTN:
-        work.attn_out_scales[i] = quantize_int16(work.attn_out[i], work.attn_out_q[i, :C])
+        work.attn_out_scales[i] = rowwise.quantize_int16(work.attn_out[i], work.attn_out_q[i, :C])
     elif stage == O_PROJ:
         rows = QuantizedRows(work.attn_out_q, work.attn_out_scales)
         scale_bias = weights.o_proj_scale_bias[layer]
@@ -333,7 +322,7 @@ def run_task(stage, i, step, layer, thread, batch):
         up_proj_task(i, layer, norm_out, batch)
     elif stage == QUANT_HIDDEN:
         out_q = work.mlp_hidden_q[i]
-        work.mlp_hidden_scales[i] = quantize_int16(work.mlp_hidden[i, : out_q.size], out_q)
+        work.mlp_hidden_scales[i] = rowwise.quantize_int16(work.mlp_hidden[i, : out_q.size], out_q)
     elif stage == DOWN_PROJ:
         rows = QuantizedRows(work.mlp_hidden_q, work.mlp_hidden_scales)
         scale_bias = weights.down_proj_scale_bias[layer]
@@ -428,11 +417,6 @@ def forward(batch, threads):
 
 
 _thread_state = threading.local()  # the thread count that was last set in this thread
-
-
-def max_threads() -> int:
-    """Return the size of Numba's thread pool, one per core."""
-    return numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 
 def set_threads(threads: int) -> None:
