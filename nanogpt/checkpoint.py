@@ -28,7 +28,7 @@ from nanogpt.distributed.context import DistContext
 from nanogpt.distributed.sharded_io import dcp_load, dcp_save, load_full_state, tensor_shapes
 from nanogpt.errors import UserError
 from nanogpt.files import atomic_write, remove, write_text
-from nanogpt.model import GPT, normalize_rows
+from nanogpt.model import GPT, rms_normalize
 from nanogpt.optim import Optimizer
 from nanogpt.run_folder import (
     FORMAT_VERSION,
@@ -77,7 +77,7 @@ def save_model(
 
     def fold_norm(name: str, tensor: Tensor) -> Tensor:
         is_folded = model.normalize_embedding and name == "wte.weight"
-        return normalize_rows(tensor) if is_folded else tensor
+        return rms_normalize(tensor) if is_folded else tensor
 
     _write_tensors(path, model.state_dict(), metadata, ranks, fold_norm)
 
