@@ -21,8 +21,7 @@ from nanogpt.config import DeviceConfig, ModelConfig, resolve, resolve_sampling
 from nanogpt.data.batches import MemmapTokens
 from nanogpt.data.prepare import PreparedData
 from nanogpt.data.sources import absolute_source, is_prepared, resolve_sources
-from nanogpt.device import device
-from nanogpt.device.device import Machine
+from nanogpt.device.device import Machine, select_device
 from nanogpt.diagnosis import Diagnosis
 from nanogpt.errors import Notice, UserError
 from nanogpt.files import remove
@@ -134,7 +133,7 @@ def load(path: str | os.PathLike[str], **settings: Any) -> "Model":
         )
     dtype = settings.get("dtype", "auto")
     compute_dtype = "float32" if dtype == "int8" else dtype
-    machine = device.select_device(resolve(settings | {"dtype": compute_dtype}).device)
+    machine = select_device(resolve(settings | {"dtype": compute_dtype}).device)
     loaded = checkpoint.load(os.fspath(path), machine.device)
     if dtype == "int8":
         loaded = replace(loaded, model=quantize.fake_quantize(loaded.model, dtype))
@@ -213,6 +212,8 @@ class Model:
         self._unseen_token_ranges = self.summary["unseen_token_ranges"]
         self.machine = machine
         self._path = path
+        # The folder of the model file, which may be its run folder.
+        self._folder = RunFolder(path if path.is_dir() else path.parent)
         self._prepared = prepared
         self._dtype = dtype
         self._index: FingerprintIndex | None = None
@@ -371,7 +372,9 @@ class Model:
             prepared = None
         if text:
             names = [os.fspath(name) for name in text]
-            tokens, size = self._encode(names, encoding, text_field or self._training_text_field())
+            if not text_field and self._folder.config_path.is_file():
+                text_field = self._folder.read_config().data.text_field
+            tokens, size = self._encode(names, encoding, text_field)
             return tokens, size, ngram_losses(prepared.train, tokens) if prepared else {}
         if prepared is None:
             raise UserError(
@@ -397,12 +400,8 @@ class Model:
         """
         max_context, vocab_size = self.config.context_length, self.tokenizer.vocab_size
         lengths = {len(row) for row in ids}
-        is_valid = (
-            len(lengths) == 1
-            and 1 <= max(lengths) <= max_context
-            and all(0 <= i < vocab_size for row in ids for i in row)
-        )
-        if not is_valid:
+        are_tokens = all(0 <= i < vocab_size for row in ids for i in row)
+        if len(lengths) != 1 or not 1 <= max(lengths) <= max_context or not are_tokens:
             raise UserError(
                 f"logits takes rows of one length, 1 to {max_context}, of token ids below "
                 f"{vocab_size}; the rows have lengths {sorted(lengths)}."
@@ -434,8 +433,8 @@ class Model:
         """Return the index of the training text, opened once and kept in the run folder."""
         if self._index is None:
             prepared = self._training_data()
-            folder = RunFolder(self._run)
-            path = folder.memorization_index_path if folder.data_path.is_file() else None
+            has_run = self._folder.data_path.is_file()
+            path = self._folder.memorization_index_path if has_run else None
             self._index = open_index(path, prepared.train, prepared.val, self.tokenizer)
         return self._index
 
@@ -460,16 +459,7 @@ class Model:
 
     def _find_training_data(self) -> PreparedData | None:
         """Open or prepare the training data; None if the model is not in its run folder."""
-        return self._prepared or find_run_data(self._run, self.summary, self.tokenizer)
-
-    @property
-    def _run(self) -> Path:
-        """The folder of the model file, which may be its run folder."""
-        return self._path if self._path.is_dir() else self._path.parent
-
-    def _training_text_field(self) -> str | None:
-        folder = RunFolder(self._run)
-        return folder.read_config().data.text_field if folder.config_path.is_file() else None
+        return self._prepared or find_run_data(self._folder.path, self.summary, self.tokenizer)
 
     def _encode(
         self, names: Sequence[str], encoding: str | None, text_field: str | None

@@ -169,12 +169,9 @@ def resolve_model_path(path: Path) -> Path:
             return path / "model.safetensors"
         files = ", ".join(sorted(file.name for file in path.iterdir())) or "nothing"
         what = f"The folder {path.absolute()} holds no model.safetensors (it holds: {files})."
-        if latest_step(path) is None:
-            raise UserError(what)
-        command = f"nanogpt train --resume --out {path}"
-        raise UserError(
-            what, f"Training stopped before the first evaluation: resume with {command}"
-        )
+        resume = f"resume with nanogpt train --resume --out {path}"
+        fix = f"Training stopped before the first evaluation: {resume}"
+        raise UserError(what, "" if latest_step(path) is None else fix)
     if not path.is_file():
         models = path.absolute().parent.glob("*/model.safetensors")
         runs = sorted(str(file.parent) for file in models)
@@ -348,35 +345,32 @@ def _write_tensors(
 
     All processes must call it; the main process writes.
     """
-    # The digest is known after the tensors, and replaces zeros of the same length.
-    header: dict[str, Any] = {
-        "__metadata__": {"nanogpt": json.dumps(metadata | {"sha256": "0" * 64})}
-    }
+    entries: dict[str, Any] = {}
     end = 0
     for name in sorted(tensors):
         assert tensors[name].dtype == torch.float32
         shape = list(tensors[name].shape)
         start = end
         end += 4 * tensors[name].numel()
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
     digest = _Digest(metadata)
     with ExitStack() as stack:
         file = None
         if ranks.is_main_process:
             file = stack.enter_context(stack.enter_context(atomic_write(path)).open("wb"))
-            file.write(_encode_header(header))
+            # The digest is known after the tensors, and replaces zeros of the same length.
+            file.write(_encode_header(metadata | {"sha256": "0" * 64}, entries))
         for name in sorted(tensors):
             tensor = ranks.full_tensor(tensors[name].detach())
             if file:
                 file.write(digest.add(name, transform(name, tensor)))
         if file:
-            metadata = metadata | {"sha256": digest.hash.hexdigest()}
-            header["__metadata__"]["nanogpt"] = json.dumps(metadata)
             file.seek(0)
-            file.write(_encode_header(header))
+            file.write(_encode_header(metadata | {"sha256": digest.hash.hexdigest()}, entries))
 
 
-def _encode_header(header: dict[str, Any]) -> bytes:
+def _encode_header(metadata: dict[str, Any], entries: dict[str, Any]) -> bytes:
+    header = {"__metadata__": {"nanogpt": json.dumps(metadata)}} | entries
     content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     content += b" " * (-len(content) % 8)  # Tensors start at multiples of 8.
     return len(content).to_bytes(8, "little") + content
@@ -388,18 +382,15 @@ def _read_tensors(path: Path) -> tuple[dict[str, Any], Tensors]:
         head = stream.read(9)
     fix = "Give a model.safetensors or a run folder that nanogpt wrote."
     if path.suffix in PICKLE_SUFFIXES or head.startswith(PICKLE_MAGIC):
-        what = (
-            f"{path.absolute()} is a pickle. Loading one can run any code, so nanogpt never does."
-        )
-        raise UserError(what, fix)
+        reason = "Loading one can run any code, so nanogpt never does."
+        raise UserError(f"{path.absolute()} is a pickle. {reason}", fix)
     is_safetensors = path.suffix == ".safetensors" or head[8:9] == b"{"
     if not is_safetensors and not head.startswith(b"\x80"):
         raise UserError(f"{path.absolute()} is not a model file.", fix)
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("nanogpt", "null"))
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         num_bytes = path.stat().st_size
         reason = f"its {num_bytes:,} bytes are not a complete safetensors file ({error})"

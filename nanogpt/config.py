@@ -320,13 +320,11 @@ def flatten(config: BaseModel, *, explicit: bool = False) -> dict[str, Any]:
 
 
 def format_differences(
-    header: tuple[str, str, str],
-    names: Iterable[str],
-    before: dict[str, Any],
-    after: dict[str, Any],
+    source: str, names: Iterable[str], before: dict[str, Any], requested: dict[str, Any]
 ) -> str:
-    """Format a table of settings with their values before and after."""
-    rows = [header, *((name, str(before[name]), str(after[name])) for name in names)]
+    """Format a table of settings with their values in the source and as requested."""
+    rows = [(name, str(before[name]), str(requested[name])) for name in names]
+    rows.insert(0, ("setting", source, "requested"))
     return "\n".join(f"  {name:16} {old:>12} {new:>12}" for name, old, new in rows)
 
 

@@ -71,7 +71,6 @@ class Optimizer:
         self.dtype = dtype
         self.distribute = distribute
         self.params: dict[str, Tensor] = dict(model.named_parameters())
-        self.names = {p: name for name, p in self.params.items()}
         self.state: OptimizerState = defaultdict(dict)
         splits = muon_splits if settings.optimizer == "muon" else {}
         self.muon_splits = {p: splits[name] for name, p in self.params.items() if name in splits}
@@ -100,9 +99,9 @@ class Optimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state as tensors named "parameter.quantity"."""
         return {
-            f"{self.names[p]}.{key}": value
-            for p, state in self.state.items()
-            for key, value in state.items()
+            f"{name}.{key}": value
+            for name, p in self.params.items()
+            for key, value in self.state.get(p, {}).items()
         }
 
     def empty_state_tensor(self, full_name: str, shape: Sequence[int]) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from nanogpt.config import flatten
 from nanogpt.errors import Notice, UserError
@@ -25,16 +25,6 @@ METRICS: dict[type, tuple[str, ...]] = {
 }
 
 
-class Tracker(Protocol):
-    """An open run of one tracker."""
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Log numbers by name; steps never decrease."""
-
-    def finish(self) -> None:
-        """Write what is still in memory, and close the run."""
-
-
 class TensorBoard:
     """TensorBoard files in RUN/tensorboard, for `tensorboard --logdir runs`."""
 
@@ -44,7 +34,7 @@ class TensorBoard:
         self.writer = module.SummaryWriter(run / "tensorboard", purge_step=purge_step)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Log numbers as scalars."""
+        """Log numbers as scalars; steps never decrease."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
@@ -62,13 +52,16 @@ class WandbLike:
             module.init(project="nanogpt", name=run.resolve().name, config=config, **options)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Log numbers to the open run."""
+        """Log numbers to the open run; steps never decrease."""
         self.module.log(values, step=step)
 
     def finish(self) -> None:
         """Wait until everything is written."""
         with redirect_stdout(io.StringIO()):
             self.module.finish()
+
+
+Tracker = TensorBoard | WandbLike
 
 
 def open_trackio(module: ModuleType, run: Path, step: int, settings: dict[str, Any]) -> Tracker:

@@ -196,10 +196,10 @@ def _suggest_fix(
         devices = candidate.num_devices
         batch_size = _round_up(training.batch_size, devices)
         update = {"micro_batch_size": None, "activation_checkpointing": None}
-        wanted = training.model_copy(update=update | {"batch_size": batch_size})
+        open_training = training.model_copy(update=update | {"batch_size": batch_size})
         mode = _step_mode(device, candidate, parallel)
         chosen, memory = model_size.fit_micro_batch(
-            model, wanted, vocab_size, batch_size // devices, candidate.memory, mode
+            model, open_training, vocab_size, batch_size // devices, candidate.memory, mode
         )
         if model_size.fits_memory(memory, candidate.memory):
             after = settings(candidate, chosen, parallel).items()
