@@ -15,23 +15,15 @@ import numpy as np
 import torch
 
 from nanogpt import checkpoint
+from nanogpt import evaluate as evaluation
 from nanogpt.baselines import ngram_losses
 from nanogpt.config import DeviceConfig, ModelConfig, resolve, resolve_sampling
 from nanogpt.data.batches import MemmapTokens
 from nanogpt.data.prepare import PreparedData
 from nanogpt.data.sources import absolute_source, is_prepared, resolve_sources
-from nanogpt.device import device
-from nanogpt.device.device import Machine
+from nanogpt.device.device import Machine, select_device
 from nanogpt.diagnosis import Diagnosis
 from nanogpt.errors import Notice, UserError
-from nanogpt.evaluate import (
-    EvalLoss,
-    LossByPosition,
-    TextCounter,
-    TextSize,
-    evaluate,
-    loss_by_position,
-)
 from nanogpt.files import remove
 from nanogpt.generate import decoder, quantize
 from nanogpt.generate.decoder import Decoder, create_decoder
@@ -141,7 +133,7 @@ def load(path: str | os.PathLike[str], **settings: Any) -> "Model":
         )
     dtype = settings.get("dtype", "auto")
     compute_dtype = "float32" if dtype == "int8" else dtype
-    machine = device.select_device(resolve(settings | {"dtype": compute_dtype}).device)
+    machine = select_device(resolve(settings | {"dtype": compute_dtype}).device)
     loaded = checkpoint.load(os.fspath(path), machine.device)
     if dtype == "int8":
         loaded = replace(loaded, model=quantize.fake_quantize(loaded.model, dtype))
@@ -180,7 +172,7 @@ def _to_model(result: TrainResult) -> "Model":
 
 
 @dataclass(frozen=True)
-class EvalResult(EvalLoss):
+class EvalResult(evaluation.EvalLoss):
     """A loss, with n-gram baselines on the same text and the diagnosis of the training.
 
     Attributes:
@@ -191,7 +183,7 @@ class EvalResult(EvalLoss):
 
     baselines: dict[str, float] = field(default_factory=dict)
     diagnosis: Diagnosis | None = None
-    by_position: list[LossByPosition] = field(default_factory=list)
+    by_position: list[evaluation.LossByPosition] = field(default_factory=list)
 
 
 class Model:
@@ -217,8 +209,11 @@ class Model:
         self.config: ModelConfig = loaded.model.config
         self.tokenizer: Tokenizer = loaded.tokenizer
         self.summary: dict[str, Any] = loaded.summary
+        self._unseen_token_ranges = self.summary["unseen_token_ranges"]
         self.machine = machine
         self._path = path
+        # The folder of the model file, which may be its run folder.
+        self._folder = RunFolder(path if path.is_dir() else path.parent)
         self._prepared = prepared
         self._dtype = dtype
         self._index: FingerprintIndex | None = None
@@ -287,17 +282,10 @@ class Model:
         settings = resolve_sampling(sampling)
         seed = new_seed() if seed is None else seed
         if not 0 <= seed < 2**63:
-            raise UserError(
-                f"The seed is out of range: {seed} (limit 0 to {2**63 - 1}).",
-                "Use a seed in that range.",
-            )
-        ids = encode_prompt(
-            self.tokenizer,
-            prompt,
-            self.summary["unseen_token_ranges"],
-            self.config.context_length,
-            error_on_unknown,
-        )
+            what = f"The seed is out of range: {seed} (limit 0 to {2**63 - 1})."
+            raise UserError(what, "Use a seed in that range.")
+        unseen, max_context = self._unseen_token_ranges, self.config.context_length
+        ids = encode_prompt(self.tokenizer, prompt, unseen, max_context, error_on_unknown)
         return Request(ids, settings, seed, n_top)
 
     def generate_many(self, requests: Sequence[Request]) -> Iterator[tuple[int, StepOutput]]:
@@ -308,7 +296,7 @@ class Model:
         """
         batch_size = min(len(requests), MAX_BATCH_SIZE)
         decoder = self._decoders.pop(batch_size, None) or self._create_decoder(batch_size)
-        engine = Engine(decoder, self.tokenizer, self.summary["unseen_token_ranges"])
+        engine = Engine(decoder, self.tokenizer, self._unseen_token_ranges)
         index_of = {engine.add(request): i for i, request in enumerate(requests)}
         try:
             while engine.has_work:
@@ -319,7 +307,7 @@ class Model:
     def create_engine(self, max_batch_size: int) -> Engine:
         """Create an engine that decodes up to `max_batch_size` sequences at a time."""
         decoder = self._create_decoder(max_batch_size)
-        return Engine(decoder, self.tokenizer, self.summary["unseen_token_ranges"])
+        return Engine(decoder, self.tokenizer, self._unseen_token_ranges)
 
     @property
     def startup_notice(self) -> str | None:
@@ -359,34 +347,33 @@ class Model:
                 {"context_length": max_context},
             )
         tokens, size, baselines = self._evaluation_data(text, encoding, text_field)
-        loss = evaluate(self.module, tokens, size, self.machine, context_length)
-        diagnosis = None
+        loss = evaluation.evaluate(self.module, tokens, size, self.machine, context_length)
+        result = EvalResult(**vars(loss), baselines=baselines)
         if not text and "diagnosis" in self.summary:
-            diagnosis = Diagnosis(**self.summary["diagnosis"])
-        buckets = []
+            result = replace(result, diagnosis=Diagnosis(**self.summary["diagnosis"]))
         if by_position:
-            buckets = loss_by_position(self.module, tokens, self.machine, context_length)
-        return EvalResult(
-            loss.loss_sum,
-            loss.tokens,
-            loss.bytes,
-            loss.words,
-            baselines=baselines,
-            diagnosis=diagnosis,
-            by_position=buckets,
-        )
+            buckets = evaluation.loss_by_position(self.module, tokens, self.machine, context_length)
+            result = replace(result, by_position=buckets)
+        return result
 
     def _evaluation_data(
         self,
         text: Sequence[str | os.PathLike[str]],
         encoding: str | None,
         text_field: str | None,
-    ) -> tuple[MemmapTokens | np.ndarray, TextSize, dict[str, float]]:
+    ) -> tuple[MemmapTokens | np.ndarray, evaluation.TextSize, dict[str, float]]:
         """Return the tokens of a text, its size, and its n-gram baselines."""
-        prepared = self._training_data_or_notice(is_required=not text)
+        try:
+            prepared = self._find_training_data()
+        except UserError as error:
+            if not text:
+                raise
+            warnings.warn(f"No baselines: {error}", Notice, stacklevel=3)
+            prepared = None
         if text:
             names = [os.fspath(name) for name in text]
-            text_field = text_field or self._training_text_field()
+            if not text_field and self._folder.config_path.is_file():
+                text_field = self._folder.read_config().data.text_field
             tokens, size = self._encode(names, encoding, text_field)
             return tokens, size, ngram_losses(prepared.train, tokens) if prepared else {}
         if prepared is None:
@@ -395,7 +382,7 @@ class Model:
                 f"Name a text: nanogpt eval {shlex.quote(str(self._path))} TEXT",
             )
         metadata = prepared.metadata
-        size = TextSize(metadata["val_bytes"], metadata.get("val_words", 0))
+        size = evaluation.TextSize(metadata["val_bytes"], metadata.get("val_words", 0))
         return prepared.val, size, metadata["baselines"]
 
     @torch.inference_mode()
@@ -413,12 +400,8 @@ class Model:
         """
         max_context, vocab_size = self.config.context_length, self.tokenizer.vocab_size
         lengths = {len(row) for row in ids}
-        is_valid = (
-            len(lengths) == 1
-            and 1 <= max(lengths) <= max_context
-            and all(0 <= i < vocab_size for row in ids for i in row)
-        )
-        if not is_valid:
+        are_tokens = all(0 <= i < vocab_size for row in ids for i in row)
+        if len(lengths) != 1 or not 1 <= max(lengths) <= max_context or not are_tokens:
             raise UserError(
                 f"logits takes rows of one length, 1 to {max_context}, of token ids below "
                 f"{vocab_size}; the rows have lengths {sorted(lengths)}."
@@ -432,7 +415,7 @@ class Model:
         from nanogpt.render import inspection_html
 
         inspection_html.attach_notebook_displays()
-        unseen = self.summary["unseen_token_ranges"]
+        unseen = self._unseen_token_ranges
         start = encode_prompt(self.tokenizer, None, unseen, self.config.context_length)[0]
         return Inspector(
             text=text,
@@ -450,8 +433,8 @@ class Model:
         """Return the index of the training text, opened once and kept in the run folder."""
         if self._index is None:
             prepared = self._training_data()
-            folder = RunFolder(self._run)
-            path = folder.memorization_index_path if folder.data_path.is_file() else None
+            has_run = self._folder.data_path.is_file()
+            path = self._folder.memorization_index_path if has_run else None
             self._index = open_index(path, prepared.train, prepared.val, self.tokenizer)
         return self._index
 
@@ -474,32 +457,13 @@ class Model:
         self._prepared = prepared
         return prepared
 
-    def _training_data_or_notice(self, is_required: bool) -> PreparedData | None:
-        """Return the training data, or None with a warning if it is gone and not required."""
-        try:
-            return self._find_training_data()
-        except UserError as error:
-            if is_required:
-                raise
-            warnings.warn(f"No baselines: {error}", Notice, stacklevel=3)
-            return None
-
     def _find_training_data(self) -> PreparedData | None:
         """Open or prepare the training data; None if the model is not in its run folder."""
-        return self._prepared or find_run_data(self._run, self.summary, self.tokenizer)
-
-    @property
-    def _run(self) -> Path:
-        """The folder of the model file, which may be its run folder."""
-        return self._path if self._path.is_dir() else self._path.parent
-
-    def _training_text_field(self) -> str | None:
-        folder = RunFolder(self._run)
-        return folder.read_config().data.text_field if folder.config_path.is_file() else None
+        return self._prepared or find_run_data(self._folder.path, self.summary, self.tokenizer)
 
     def _encode(
         self, names: Sequence[str], encoding: str | None, text_field: str | None
-    ) -> tuple[np.ndarray, TextSize]:
+    ) -> tuple[np.ndarray, evaluation.TextSize]:
         """Return the tokens of a text, and its size.
 
         An end-of-text token separates documents if the model has seen that token.
@@ -511,9 +475,8 @@ class Model:
                     "Name the text itself, or none for the validation split.",
                 )
         dtype, eot_id = token_dtype(self.tokenizer.vocab_size), self.tokenizer.eot_id
-        unseen = self.summary["unseen_token_ranges"]
-        has_seen_eot = not any(start <= eot_id < stop for start, stop in unseen)
-        counter = TextCounter()
+        has_seen_eot = not any(start <= eot_id < stop for start, stop in self._unseen_token_ranges)
+        counter = evaluation.TextCounter()
         documents: list[np.ndarray] = []
         for source in resolve_sources(names, encoding, text_field):
             for chunks in source.iter_documents():
@@ -529,4 +492,4 @@ class Model:
                 f"The text is too short for a loss: {len(tokens)} tokens in {', '.join(names)} "
                 "(limit 2)."
             )
-        return tokens, TextSize(counter.bytes, counter.words)
+        return tokens, evaluation.TextSize(counter.bytes, counter.words)

@@ -38,11 +38,12 @@ def ngram_losses(
     for order, name in enumerate(("unigram", "bigram", "trigram"), start=1):
         if len(train_ids) < order or len(val_ids) <= order:
             break
-        ngrams, counts = _count(_encode_ngrams(train_ids, order, num_symbols))
+        codes = _encode_ngrams(train_ids, order, num_symbols)
+        codes.sort()  # in place, to save memory
+        ngrams, _, counts = _runs(codes)
         # The n-grams are sorted, so those with the same context are adjacent.
-        contexts, starts = _run_starts(ngrams // num_symbols)
+        contexts, starts, num_successors = _runs(ngrams // num_symbols)
         context_counts = np.add.reduceat(counts, starts)
-        num_successors = np.diff(np.append(starts, len(ngrams)))
         val_ngrams = _encode_ngrams(val_ids, order, num_symbols)
         val_contexts = val_ngrams // num_symbols
         c = _lookup(contexts, context_counts, val_contexts)
@@ -66,17 +67,10 @@ def _encode_ngrams(ids: np.ndarray, order: int, num_symbols: int) -> np.ndarray:
     return codes
 
 
-def _count(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct codes and their counts; sorts `codes` in place to save memory."""
-    codes.sort()
-    distinct, starts = _run_starts(codes)
-    return distinct, np.diff(np.append(starts, len(codes)))
-
-
-def _run_starts(ascending: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct values of a sorted array, and the index where each starts."""
+def _runs(ascending: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the distinct values of a sorted array, the index where each starts, and its count."""
     starts = np.flatnonzero(np.concatenate([[True], ascending[1:] != ascending[:-1]]))
-    return ascending[starts], starts
+    return ascending[starts], starts, np.diff(np.append(starts, len(ascending)))
 
 
 def _lookup(sorted_keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.ndarray:

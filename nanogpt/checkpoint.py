@@ -23,26 +23,20 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nanogpt import run_folder
 from nanogpt.config import ModelConfig
 from nanogpt.distributed.context import DistContext
 from nanogpt.distributed.sharded_io import dcp_load, dcp_save, load_full_state, tensor_shapes
 from nanogpt.errors import UserError
 from nanogpt.files import atomic_write, remove, write_text
-from nanogpt.model import GPT, normalize_rows
+from nanogpt.model import GPT, rms_normalize
 from nanogpt.optim import Optimizer
-from nanogpt.run_folder import (
-    FORMAT_VERSION,
-    TRAIN_STATE_FILE,
-    RunFolder,
-    check_format_version,
-    read_model_header,
-)
+from nanogpt.run_folder import FORMAT_VERSION, RunFolder
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
 PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 PICKLE_MAGIC = (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")
 OVERWRITE_FIX = "Train again: set overwrite, or another folder as out."
-
 
 Tensors = dict[str, Tensor]
 
@@ -77,7 +71,7 @@ def save_model(
 
     def fold_norm(name: str, tensor: Tensor) -> Tensor:
         is_folded = model.normalize_embedding and name == "wte.weight"
-        return normalize_rows(tensor) if is_folded else tensor
+        return rms_normalize(tensor) if is_folded else tensor
 
     _write_tensors(path, model.state_dict(), metadata, ranks, fold_norm)
 
@@ -91,7 +85,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedModel:
     file = resolve_model_path(Path(path))
     metadata, tensors = _read_tensors(file)
     try:
-        check_format_version(file, metadata)
+        run_folder.check_format_version(file, metadata)
         tokenizer = Tokenizer.from_json(metadata["tokenizer"])
         config = ModelConfig.model_validate(metadata["model"])
         model = build_uninitialized(config, tokenizer.vocab_size, device)
@@ -114,7 +108,7 @@ def read_metadata(path: str | Path) -> tuple[dict[str, Any], int]:
         UserError: There is no model file, its header cannot be read, or it has another format
             version.
     """
-    return read_model_header(resolve_model_path(Path(path)))
+    return run_folder.read_model_header(resolve_model_path(Path(path)))
 
 
 def build_uninitialized(config: ModelConfig, vocab_size: int, device: torch.device | str) -> GPT:
@@ -175,12 +169,9 @@ def resolve_model_path(path: Path) -> Path:
             return path / "model.safetensors"
         files = ", ".join(sorted(file.name for file in path.iterdir())) or "nothing"
         what = f"The folder {path.absolute()} holds no model.safetensors (it holds: {files})."
-        if latest_step(path) is None:
-            raise UserError(what)
-        command = f"nanogpt train --resume --out {path}"
-        raise UserError(
-            what, f"Training stopped before the first evaluation: resume with {command}"
-        )
+        resume = f"resume with nanogpt train --resume --out {path}"
+        fix = f"Training stopped before the first evaluation: {resume}"
+        raise UserError(what, "" if latest_step(path) is None else fix)
     if not path.is_file():
         models = path.absolute().parent.glob("*/model.safetensors")
         runs = sorted(str(file.parent) for file in models)
@@ -224,7 +215,9 @@ def save_state(
         if ranks.is_main_process:
             folder = stack.enter_context(atomic_write(states / str(step)))
             folder.mkdir()
-            (folder / TRAIN_STATE_FILE).write_text(json.dumps(train_state), encoding="utf-8")
+            (folder / run_folder.TRAIN_STATE_FILE).write_text(
+                json.dumps(train_state), encoding="utf-8"
+            )
         if ranks.is_fsdp:
             tensors = {
                 name: tensor.detach().to("cpu", copy=True)
@@ -262,38 +255,36 @@ def load_state(
         UserError: A file is damaged or does not fit the model.
     """
     folder = run / "state" / str(ranks.broadcast_object(latest_step(run)))
-    if ranks.is_fsdp:
-        return _load_sharded_state(folder, model, optimizer, ranks)
-    full_state = ranks.run_on_main(lambda: _read_state(folder, model))
-    weights, state, train_state = full_state or ({}, {}, {})
-    for name, parameter in model.state_dict().items():
-        ranks.broadcast_tensor_into(parameter, weights.get(name))
-    shapes = ranks.broadcast_object({name: list(t.shape) for name, t in state.items()})
-    tensors = {name: optimizer.empty_state_tensor(name, shape) for name, shape in shapes.items()}
-    for name, tensor in tensors.items():
-        ranks.broadcast_tensor_into(tensor, state.get(name))
-    optimizer.load_state_dict(tensors)
-    return ranks.broadcast_object(train_state)
+    full: Tensors = {}
 
+    def read() -> tuple[dict[str, list[int]], dict[str, Any]]:
+        try:
+            if ranks.is_fsdp:
+                shapes = tensor_shapes(folder)
+            else:
+                full.update(_read_full_state(folder))
+                shapes = {name: list(tensor.shape) for name, tensor in full.items()}
+            _check_shapes(shapes, model)
+            return shapes, _read_train_state(folder)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _corrupt_state_error(folder, error) from error
 
-def _load_sharded_state(
-    folder: Path, model: GPT, optimizer: Optimizer, ranks: DistContext
-) -> dict[str, Any]:
-    train_state, shapes = ranks.broadcast_object(
-        ranks.run_on_main(lambda: _read_sharded_state(folder, model))
-    )
+    shapes, train_state = ranks.broadcast_object(ranks.run_on_main(read))
     weights = model.state_dict()
     state = {
         name: optimizer.empty_state_tensor(name, shape)
         for name, shape in shapes.items()
         if name not in weights
     }
-    tensors = weights | state
-    try:
-        dcp_load(folder, tensors)
-    except ValueError as error:
-        raise _corrupt_state_error(folder, error) from error
-    optimizer.load_state_dict({name: tensors[name] for name in state})
+    if ranks.is_fsdp:
+        try:
+            dcp_load(folder, weights | state)
+        except ValueError as error:
+            raise _corrupt_state_error(folder, error) from error
+    else:
+        for name, tensor in (weights | state).items():
+            ranks.broadcast_tensor_into(tensor, full.get(name))
+    optimizer.load_state_dict(state)
     return train_state
 
 
@@ -317,33 +308,15 @@ def latest_step(run: Path) -> int | None:
 
 
 def _read_train_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / TRAIN_STATE_FILE).read_text(encoding="utf-8"))
+    return json.loads((folder / run_folder.TRAIN_STATE_FILE).read_text(encoding="utf-8"))
 
 
-def _read_state(folder: Path, model: GPT) -> tuple[Tensors, Tensors, dict[str, Any]]:
-    """Read the weights, the optimizer state and the `train_state`, all unsharded."""
-    try:
-        if (folder / "weights.safetensors").exists():
-            _, weights = _read_tensors(folder / "weights.safetensors")
-            _, state = _read_tensors(folder / "optimizer.safetensors")
-        else:  # It was saved in shards.
-            state = load_full_state(folder)
-            weights = {name: state.pop(name) for name in model.state_dict()}
-        shapes = {name: list(tensor.shape) for name, tensor in (weights | state).items()}
-        _check_shapes(shapes, model)
-        return weights, state, _read_train_state(folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _corrupt_state_error(folder, error) from error
-
-
-def _read_sharded_state(folder: Path, model: GPT) -> tuple[dict[str, Any], dict[str, list[int]]]:
-    """Read the `train_state` and the shapes of the tensors."""
-    try:
-        shapes = tensor_shapes(folder)
-        _check_shapes(shapes, model)
-        return _read_train_state(folder), shapes
-    except (OSError, ValueError) as error:
-        raise _corrupt_state_error(folder, error) from error
+def _read_full_state(folder: Path) -> Tensors:
+    """Read the weights and the optimizer state, both unsharded."""
+    files = [folder / "weights.safetensors", folder / "optimizer.safetensors"]
+    if not files[0].exists():  # It was saved in shards.
+        return load_full_state(folder)
+    return _read_tensors(files[0])[1] | _read_tensors(files[1])[1]
 
 
 def _check_shapes(shapes: dict[str, list[int]], model: GPT) -> None:
@@ -372,35 +345,32 @@ def _write_tensors(
 
     All processes must call it; the main process writes.
     """
-    # The digest is known after the tensors, and replaces zeros of the same length.
-    header: dict[str, Any] = {
-        "__metadata__": {"nanogpt": json.dumps(metadata | {"sha256": "0" * 64})}
-    }
+    entries: dict[str, Any] = {}
     end = 0
     for name in sorted(tensors):
         assert tensors[name].dtype == torch.float32
         shape = list(tensors[name].shape)
         start = end
         end += 4 * tensors[name].numel()
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
     digest = _Digest(metadata)
     with ExitStack() as stack:
         file = None
         if ranks.is_main_process:
             file = stack.enter_context(stack.enter_context(atomic_write(path)).open("wb"))
-            file.write(_encode_header(header))
+            # The digest is known after the tensors, and replaces zeros of the same length.
+            file.write(_encode_header(metadata | {"sha256": "0" * 64}, entries))
         for name in sorted(tensors):
             tensor = ranks.full_tensor(tensors[name].detach())
             if file:
                 file.write(digest.add(name, transform(name, tensor)))
         if file:
-            metadata = metadata | {"sha256": digest.hexdigest()}
-            header["__metadata__"]["nanogpt"] = json.dumps(metadata)
             file.seek(0)
-            file.write(_encode_header(header))
+            file.write(_encode_header(metadata | {"sha256": digest.hash.hexdigest()}, entries))
 
 
-def _encode_header(header: dict[str, Any]) -> bytes:
+def _encode_header(metadata: dict[str, Any], entries: dict[str, Any]) -> bytes:
+    header = {"__metadata__": {"nanogpt": json.dumps(metadata)}} | entries
     content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     content += b" " * (-len(content) % 8)  # Tensors start at multiples of 8.
     return len(content).to_bytes(8, "little") + content
@@ -412,18 +382,15 @@ def _read_tensors(path: Path) -> tuple[dict[str, Any], Tensors]:
         head = stream.read(9)
     fix = "Give a model.safetensors or a run folder that nanogpt wrote."
     if path.suffix in PICKLE_SUFFIXES or head.startswith(PICKLE_MAGIC):
-        what = (
-            f"{path.absolute()} is a pickle. Loading one can run any code, so nanogpt never does."
-        )
-        raise UserError(what, fix)
+        reason = "Loading one can run any code, so nanogpt never does."
+        raise UserError(f"{path.absolute()} is a pickle. {reason}", fix)
     is_safetensors = path.suffix == ".safetensors" or head[8:9] == b"{"
     if not is_safetensors and not head.startswith(b"\x80"):
         raise UserError(f"{path.absolute()} is not a model file.", fix)
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("nanogpt", "null"))
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         num_bytes = path.stat().st_size
         reason = f"its {num_bytes:,} bytes are not a complete safetensors file ({error})"
@@ -434,7 +401,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Any], Tensors]:
     digest = _Digest(metadata)
     for name in sorted(tensors):
         digest.add(name, tensors[name])
-    if (found := digest.hexdigest()) != expected:
+    if (found := digest.hash.hexdigest()) != expected:
         reason = f"its SHA-256 is {found[:16]}…, not {expected[:16]}…"
         raise _corrupt_file_error(path, reason)
     return metadata, tensors
@@ -452,9 +419,6 @@ class _Digest:
         self.hash.update(name.encode())
         self.hash.update(content)
         return content
-
-    def hexdigest(self) -> str:
-        return self.hash.hexdigest()
 
 
 def _corrupt_file_error(path: Path, reason: str) -> UserError:

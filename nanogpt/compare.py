@@ -19,10 +19,10 @@ from nanogpt.config import flatten
 from nanogpt.errors import UserError
 from nanogpt.run_folder import RunFolder
 
-# The recipe fits these settings to the number of steps it predicts for a time-limited run. Runs
-# whose values differ by at most the tolerance count as equal.
-TIME_FITTED_SETTINGS = ("steps", "eval_every", "learning_rate", "muon_learning_rate")
-TIME_FIT_TOLERANCE = 0.1
+# In a time-limited run these settings depend on the measured speed, from which the recipe predicts
+# the number of steps. Runs whose values differ by at most the tolerance count as equal.
+SPEED_DEPENDENT_SETTINGS = ("steps", "eval_every", "learning_rate", "muon_learning_rate")
+SPEED_TOLERANCE = 0.1
 # Runs that differ only in these are grouped: the seed, and how a step is split to fit into memory.
 IGNORED_SETTINGS = ("seed", "micro_batch_size", "activation_checkpointing")
 DATA_FIELDS = {
@@ -151,15 +151,14 @@ def _split(runs: list[RunSummary]) -> list[list[RunSummary]]:
     """Split runs into groups that differ only in the seed; note and drop duplicates."""
     groups: list[list[RunSummary]] = []
     for run in runs:
-        group = next((g for g in groups if _differs_only_in_seed(g[0], run)), None)
-        if group is None:
-            groups.append([run])
-            continue
+        group = next((g for g in groups if _differs_only_in_seed(g[0], run)), [])
         duplicate = next((other for other in group if _is_duplicate(run, other)), None)
-        if duplicate is None:
+        if duplicate:
+            run.notes.append(f"Duplicate of {duplicate.run}; counted once.")
+        elif group:
             group.append(run)
         else:
-            run.notes.append(f"Duplicate of {duplicate.run}; counted once.")
+            groups.append([run])
     return groups
 
 
@@ -169,10 +168,8 @@ def _require_run(folder: RunFolder) -> None:
     if folder.is_run():
         return
     if path.is_file():
-        raise UserError(
-            f"{path} is a file; compare takes run folders.",
-            f"nanogpt compare {shlex.quote(str(path.parent))}",
-        )
+        command = f"nanogpt compare {shlex.quote(str(path.parent))}"
+        raise UserError(f"{path} is a file; compare takes run folders.", command)
     what = f"There is no run at {path.absolute()}."
     if path.is_dir():
         what = f"{path.absolute()} is not a run folder."
@@ -298,8 +295,8 @@ def _has_same_setting(name: str, one: RunSummary, other: RunSummary) -> bool:
     """Compare a setting, with a tolerance for what the recipe fitted to the machine's speed."""
     a, b = one.settings[name], other.settings[name]
     is_time_limited = None not in (one.settings["minutes"], other.settings["minutes"])
-    if name in TIME_FITTED_SETTINGS and is_time_limited and None not in (a, b):
-        return math.isclose(a, b, rel_tol=TIME_FIT_TOLERANCE)
+    if name in SPEED_DEPENDENT_SETTINGS and is_time_limited and None not in (a, b):
+        return math.isclose(a, b, rel_tol=SPEED_TOLERANCE)
     return a == b
 
 

@@ -7,7 +7,7 @@ are preset `nano`. Names are unique across sections, so settings travel as one f
 
 import difflib
 import tomllib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -92,9 +92,8 @@ class ModelConfig(Section):
     @property
     def has_tied_embeddings(self) -> bool:
         """True if the output layer uses the token embeddings."""
-        if self.tie_word_embeddings is None:
-            return self.arch == "gpt2"
-        return self.tie_word_embeddings
+        tied = self.tie_word_embeddings
+        return self.arch == "gpt2" if tied is None else tied
 
 
 def is_path(tokenizer: str) -> bool:
@@ -201,7 +200,7 @@ class Config(Section):
 
 
 class SamplingConfig(Section):
-    """How text is sampled from a model."""
+    """Sampling of text from a model."""
 
     max_tokens: Annotated[int, Field(ge=0)] = 500
     """Maximum number of tokens to generate; the end of a document may come earlier."""
@@ -271,15 +270,14 @@ def resolve(settings: dict[str, Any], *, complete: bool = True) -> Config:
             nested[SECTION_OF[name]][name] = value
     if settings.get("minutes") is not None:
         nested["training"].setdefault("steps", None)
-    find_contradictions = _contradictions if complete else lambda config: []
-    return _validate(Config, nested, settings, SECTION_OF, find_contradictions)
+    return _validate(Config, nested, settings, SECTION_OF, complete)
 
 
 def resolve_sampling(settings: dict[str, Any]) -> SamplingConfig:
     """Validate sampling settings, as `resolve` does."""
     fields = SamplingConfig.model_fields
     known = {name: value for name, value in settings.items() if name in fields}
-    return _validate(SamplingConfig, known, settings, fields, lambda config: [])
+    return _validate(SamplingConfig, known, settings, fields, complete=False)
 
 
 def _validate(
@@ -287,7 +285,7 @@ def _validate(
     content: dict[str, Any],
     names: Iterable[str],
     known_names: Collection[str],
-    find_contradictions: Callable[[AnySection], list[str]],
+    complete: bool,
 ) -> AnySection:
     problems = [_unknown_setting(name, known_names) for name in names if name not in known_names]
     try:
@@ -296,7 +294,8 @@ def _validate(
         # Contradictions are found among the valid settings.
         problems += describe_validation_error(error)
         config = section.model_validate(_without_invalid(content, error))
-    problems += find_contradictions(config)
+    if complete and isinstance(config, Config):
+        problems += _contradictions(config)
     if problems:
         fix = "All settings and defaults: `nanogpt train --help` and `nanogpt sample --help`."
         raise UserError("\n".join(problems), fix)
@@ -321,13 +320,11 @@ def flatten(config: BaseModel, *, explicit: bool = False) -> dict[str, Any]:
 
 
 def format_differences(
-    header: tuple[str, str, str],
-    names: Iterable[str],
-    before: dict[str, Any],
-    after: dict[str, Any],
+    source: str, names: Iterable[str], before: dict[str, Any], requested: dict[str, Any]
 ) -> str:
-    """Format a table of settings with their values before and after."""
-    rows = [header, *((name, str(before[name]), str(after[name])) for name in names)]
+    """Format a table of settings with their values in the source and as requested."""
+    rows = [(name, str(before[name]), str(requested[name])) for name in names]
+    rows.insert(0, ("setting", source, "requested"))
     return "\n".join(f"  {name:16} {old:>12} {new:>12}" for name, old, new in rows)
 
 

@@ -60,10 +60,8 @@ def diagnose(
     drop = _loss_drop_per_doubling(history)
     no_gain = ""
     if initial_loss is not None and best.val_loss > initial_loss:
-        no_gain = (
-            f"it is still worse than its initial checkpoint ({initial_loss:.3f}; "
-            f"{best.val_loss:.3f} at best)"
-        )
+        losses = f"{initial_loss:.3f}; {best.val_loss:.3f} at best"
+        no_gain = f"it is still worse than its initial checkpoint ({losses})"
     if last.val_loss > 1.01 * best.val_loss:
         return _past_the_best(best, last, no_gain)
     if no_gain and drop is not None and drop <= 0.01 * last.val_loss:
@@ -91,30 +89,24 @@ def diagnose(
 
 def _past_the_best(best: EvalPoint, last: EvalPoint, no_gain: str) -> Diagnosis:
     losses = f"(validation {best.val_loss:.3f} there, {last.val_loss:.3f} at the end)"
-    saved = f"The saved model is that of step {best.step:,}" + (
-        f", and {no_gain}" if no_gain else ""
-    )
+    kind, change = "diverged", "even the training loss gets worse"
+    advice = "Lower the learning rate."
     if last.train_loss < best.train_loss:
-        return Diagnosis(
-            "overfitted",
-            f"Overfitted: since step {best.step:,} only the training loss improves {losses}. "
-            f"{saved}. Use more text, more dropout or a smaller model.",
-        )
-    return Diagnosis(
-        "diverged",
-        f"Diverged: since step {best.step:,} even the training loss gets worse {losses}. "
-        f"{saved}. Lower the learning rate.",
-    )
+        kind, change = "overfitted", "only the training loss improves"
+        advice = "Use more text, more dropout or a smaller model."
+    saved = f"The saved model is that of step {best.step:,}"
+    if no_gain:
+        saved += f", and {no_gain}"
+    summary = f"{kind.title()}: since step {best.step:,} {change} {losses}. {saved}. {advice}"
+    return Diagnosis(kind, summary)
 
 
 def _undertrained(reason: str, done: int, steps: int, minutes: float | None) -> Diagnosis:
     setting = f"steps = {steps}"
     if minutes is not None:
         setting = f"minutes = {float(f'{minutes * steps / done:.2g}'):g}"
-    return Diagnosis(
-        "undertrained",
-        f"Undertrained: {reason}. Resume with {setting}, about {steps / done:.0f} times as long.",
-    )
+    advice = f"Resume with {setting}, about {steps / done:.0f} times as long."
+    return Diagnosis("undertrained", f"Undertrained: {reason}. {advice}")
 
 
 def _loss_drop_per_doubling(history: Sequence[EvalPoint]) -> float | None:

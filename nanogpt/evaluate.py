@@ -126,17 +126,12 @@ def evaluate(
     """
     T = context_length or model.config.context_length
     starts = np.arange(0, len(tokens) - 1, T)
-    full_starts = starts[starts + T < len(tokens)]
-    if limit is not None and limit // T < len(full_starts):
-        chosen = np.linspace(0, len(full_starts) - 1, max(1, limit // T)).round().astype(int)
-        starts = full_starts[chosen]
+    num_full = (len(tokens) - 1) // T
+    if limit is not None and limit // T < num_full:
+        chosen = np.linspace(0, num_full - 1, max(1, limit // T)).round().astype(int)
+        starts = starts[chosen]
     batch_size = max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.vocab_size) // T)
-    is_full = starts + T < len(tokens)
-    full_starts = starts[is_full]
-    batches = [full_starts[i : i + batch_size] for i in range(0, len(full_starts), batch_size)]
-    # The last window may be shorter, and is then a batch of its own.
-    batches += list(starts[~is_full].reshape(-1, 1))
-
+    batches = _batches(starts, batch_size, len(tokens) - T)
     loss_sum = 0.0
     count = 0.0
     num_rounds = -(-len(batches) // ranks.world_size)
@@ -145,11 +140,7 @@ def evaluate(
         if is_padding and not ranks.is_fsdp:
             break
         # With FSDP all processes must take part in each forward pass: repeat the last batch.
-        batch_starts = batches[min(i, len(batches) - 1)]
-        ids = np.stack([tokens[start : start + T + 1] for start in batch_starts])
-        windows = torch.from_numpy(ids.astype(np.int64)).to(machine.device)  # (B, T + 1)
-        idx = windows[:, :-1]
-        targets = windows[:, 1:]
+        idx, targets = _windows(tokens, batches[min(i, len(batches) - 1)], T, machine)
         with machine.autocast():
             batch_loss = model.loss_sum(idx, targets).item()
         if not is_padding:
@@ -180,14 +171,13 @@ def loss_by_position(
     T = min(context_length or model.config.context_length, len(tokens) - 1)
     loss_sums = torch.zeros(T, dtype=torch.float64)
     counts = torch.zeros(T, dtype=torch.int64)
-    step = max(1, BATCH_TOKENS // T) * T
-    for start in range(0, len(tokens) - 1, step):
-        span = torch.from_numpy(tokens[start : start + step + 1].astype(np.int64))
-        for idx, targets in _windows(span.to(machine.device), T):
-            with machine.autocast():
-                losses = model.token_losses(idx, targets)  # (B, T), or less in the last window
-            loss_sums[: losses.shape[1]] += losses.sum(dim=0).cpu().double()
-            counts[: losses.shape[1]] += len(losses)
+    starts = np.arange(0, len(tokens) - 1, T)
+    for batch in _batches(starts, max(1, BATCH_TOKENS // T), len(tokens) - T):
+        idx, targets = _windows(tokens, batch, T, machine)
+        with machine.autocast():
+            losses = model.token_losses(idx, targets)  # (B, T), or less in the last window
+        loss_sums[: losses.shape[1]] += losses.sum(dim=0).cpu().double()
+        counts[: losses.shape[1]] += len(losses)
     edges = [0, *(edge for power in range(4, 64) if (edge := 2**power) < T), T]
     buckets = []
     for start, end in pairwise(edges):
@@ -197,12 +187,17 @@ def loss_by_position(
     return buckets
 
 
-def _windows(tokens: Tensor, T: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs and targets of the full windows, (B, T), and of a shorter last one, (1, T')."""
-    num_targets = len(tokens) - 1
-    end = num_targets // T * T
-    for first, last, length in ((0, end, T), (end, num_targets, num_targets - end)):
-        if first < last:
-            idx = tokens[first:last].view(-1, length)
-            targets = tokens[first + 1 : last + 1].view(-1, length)
-            yield idx, targets
+def _batches(starts: np.ndarray, batch_size: int, first_short: int) -> list[np.ndarray]:
+    """Split window starts into batches; a window from `first_short` on is a batch of its own."""
+    num_full = int(np.searchsorted(starts, first_short))
+    batches = np.split(starts, [*range(batch_size, num_full, batch_size), num_full])
+    return [batch for batch in batches if len(batch)]
+
+
+def _windows(
+    tokens: MemmapTokens | np.ndarray, starts: np.ndarray, T: int, machine: Machine
+) -> tuple[Tensor, Tensor]:
+    """Return the inputs and targets of windows, (B, T), or (1, T') for a shorter last one."""
+    ids = np.stack([tokens[start : start + T + 1] for start in starts])
+    windows = torch.from_numpy(ids.astype(np.int64)).to(machine.device)  # (B, T + 1)
+    return windows[:, :-1], windows[:, 1:]

@@ -88,16 +88,14 @@ def file_lock(path: Path) -> Iterator[None]:
     # A generator may be closed in another thread than it was started in.
     lock = FileLock(path, timeout=0, thread_local=False)
     try:
-        lock.acquire()
+        held = lock.acquire()
     except Timeout as error:
         raise UserError(
             f"Another process is training in {path.parent.absolute()}.",
             "Wait until it has finished, or choose another output folder.",
         ) from error
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def remove(path: Path) -> None:

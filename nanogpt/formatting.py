@@ -49,11 +49,10 @@ def sanitize(text: str) -> str:
     Newlines and tabs stay. Characters below U+0020 become their Unicode control pictures, and
     other unprintable characters become U+FFFD.
     """
-    return "".join(
-        char
-        if char in "\n\t" or char.isprintable()
-        else chr(0x2400 + ord(char))
-        if char < " "
-        else "\ufffd"
-        for char in text
-    )
+
+    def visible(char: str) -> str:
+        if char in "\n\t" or char.isprintable():
+            return char
+        return chr(0x2400 + ord(char)) if char < " " else "\ufffd"
+
+    return "".join(map(visible, text))

@@ -108,12 +108,11 @@ def make_cluster(
             f"Use one of: {', '.join(GPU_SPECS)}.",
         )
     spec = GPU_SPECS[name]
+    network_bandwidth = DEFAULT_NETWORK_BANDWIDTH
     if gigabits is not None:
         network_bandwidth = gigabits * 1e9 / 8
     elif spec.network_bandwidth:
         network_bandwidth = spec.network_bandwidth * per_node
-    else:
-        network_bandwidth = DEFAULT_NETWORK_BANDWIDTH
     return Cluster(
         name=name,
         peak_flops=spec.peak_flops,

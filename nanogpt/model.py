@@ -9,7 +9,7 @@ Memory is linear in the context length: SDPA stores no attention matrix, and eag
 the loss are computed in chunks.
 
 Shapes: B batch, T time, C channels (n_embd), H query heads, K key/value heads, D channels per
-head, V vocabulary, and S for the tokens that attention reads, cached ones included.
+head, V vocabulary. S is the number of tokens that attention reads, cached ones included.
 """
 
 import math
@@ -20,16 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanogpt import ops
 from nanogpt.config import ATTN_CHUNK_SIZE, MAX_LOGITS_PER_CHUNK, ModelConfig
-from nanogpt.ops import (
-    attention_probs,
-    causal_mask,
-    chunked_attention,
-    chunked_cross_entropy,
-    dropout,
-    recompute,
-    split_dropout_seeds,
-)
 
 RMS_NORM_EPS = 1e-6  # as in Qwen3
 
@@ -41,7 +33,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd)
 
 
-def normalize_rows(x: Tensor) -> Tensor:
+def rms_normalize(x: Tensor) -> Tensor:
     """Scale the last dimension of x to an RMS of 1."""
     return F.rms_norm(x, x.shape[-1:], eps=RMS_NORM_EPS)
 
@@ -202,8 +194,8 @@ class Attention(nn.Module):
         Args:
             x: The normalized residual stream, (B, T, C).
             cos_sin: The result of `rope_cos_sin`, for `qwen3`.
-            mask: The mask of `causal_mask`, (1 or B, 1, T, S). None where `needs_mask` is False,
-                and if T is above ATTN_CHUNK_SIZE: then each chunk makes its own.
+            mask: The mask of `ops.causal_mask`, (1 or B, 1, T, S). None where `needs_mask` is
+                False, and if T is above ATTN_CHUNK_SIZE: then each chunk makes its own.
             dropout_seeds: Seeds of the dropout of attention probabilities, (B,), or None.
             cache: A cache to extend by these tokens and to attend to, or None.
 
@@ -225,8 +217,9 @@ class Attention(nn.Module):
             if T <= ATTN_CHUNK_SIZE or not self.needs_mask(T, k.shape[2], dropout_seeds):
                 y = self.attend(q, k, v, mask, dropout_seeds)  # (B, H, T, D)
             else:
-                qkv = (q, k, v)
-                y = chunked_attention(self.attend, qkv, self.window, ATTN_CHUNK_SIZE, dropout_seeds)
+                y = ops.chunked_attention(
+                    self.attend, (q, k, v), self.window, ATTN_CHUNK_SIZE, dropout_seeds
+                )
         y = y.reshape(B, self.n_head, T, self.head_dim)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D)
         return self.o_proj(y)
@@ -265,8 +258,8 @@ class Attention(nn.Module):
             attn_mask = None if mask is None else mask.to(q.dtype)
             is_causal = is_causal and mask is None
             return F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal)
-        probs = attention_probs(q, k, mask)  # (B, H, T, S)
-        return dropout(probs, self.attn_dropout, dropout_seeds) @ v
+        probs = ops.attention_probs(q, k, mask)  # (B, H, T, S)
+        return ops.dropout(probs, self.attn_dropout, dropout_seeds) @ v
 
     def uses_sdpa(self, dropout_seeds: Tensor | None) -> bool:
         """Return whether SDPA runs: its kernels cannot apply seeded dropout."""
@@ -322,15 +315,15 @@ class Block(nn.Module):
         x: Tensor,
         cos_sin: Tensor | None,
         mask: Tensor | None,
-        dropout_seeds: Tensor | None,
+        dropout_seeds: Tensor | tuple[None, None, None],
         cache: KVCache | None,
     ) -> Tensor:
-        """Transform x (B, T, C); `dropout_seeds` is (3, B), the rest as in `Attention`."""
-        attn_seed, resid_seed, mlp_seed = (None,) * 3 if dropout_seeds is None else dropout_seeds
+        """Transform x (B, T, C); `dropout_seeds` is (3, B) or None three times, see `Attention`."""
+        attn_seed, resid_seed, mlp_seed = dropout_seeds
         attn_out = self.attn(self.ln_1(x), cos_sin, mask, attn_seed, cache)
-        x = x + dropout(attn_out, self.dropout, resid_seed)
+        x = x + ops.dropout(attn_out, self.dropout, resid_seed)
         mlp_out = self.mlp(self.ln_2(x))
-        return x + dropout(mlp_out, self.dropout, mlp_seed)
+        return x + ops.dropout(mlp_out, self.dropout, mlp_seed)
 
 
 class GPT(nn.Module):
@@ -383,36 +376,34 @@ class GPT(nn.Module):
 
         attn = cast(Attention, self.blocks[0].attn)  # All blocks need the same mask.
         has_ragged_rows = len(positions) > 1  # rows of unequal lengths, see KVCache.advance
-        needs_mask = has_ragged_rows or attn.needs_mask(T, S, dropout_seeds)
         mask = None
-        if needs_mask and T <= ATTN_CHUNK_SIZE:
-            mask = causal_mask(positions, S, attn.window).unsqueeze(1)  # (B or 1, 1, T, S)
+        if T <= ATTN_CHUNK_SIZE and (has_ragged_rows or attn.needs_mask(T, S, dropout_seeds)):
+            mask = ops.causal_mask(positions, S, attn.window).unsqueeze(1)  # (B or 1, 1, T, S)
 
         # Three seeds per block, and three for the embedding, which uses one.
         num_groups = len(self.blocks) + 1
-        seeds: Tensor | list[None] = [None] * num_groups
+        seeds: Tensor | list[tuple[None, None, None]] = [(None, None, None)] * num_groups
         if dropout_seeds is not None:
-            seeds = split_dropout_seeds(dropout_seeds, num_groups)  # (num_groups, 3, B)
+            seeds = ops.split_dropout_seeds(dropout_seeds, num_groups)  # (num_groups, 3, B)
 
         x = self.wte(idx)  # (B, T, C)
         cos_sin = None
         if self.is_qwen3:
             if self.normalize_embedding:
-                x = normalize_rows(x)
-            head_dim = self.config.head_size
-            cos_sin = rope_cos_sin(positions.unsqueeze(1), head_dim, self.config.rope_theta)
+                x = rms_normalize(x)
+            c = self.config
+            cos_sin = rope_cos_sin(positions.unsqueeze(1), c.head_size, c.rope_theta)
         else:
-            x = x + self.wpe(positions)
-            x = dropout(x, self.config.dropout, None if seeds[0] is None else seeds[0][0])
+            x = ops.dropout(x + self.wpe(positions), self.config.dropout, seeds[0][0])
 
         for block, block_seeds in zip(self.blocks, seeds[1:], strict=True):
             inputs = (x, cos_sin, mask, block_seeds, cache)
-            x = recompute(block, *inputs) if self.activation_checkpointing else block(*inputs)
+            x = ops.recompute(block, *inputs) if self.activation_checkpointing else block(*inputs)
         return self.ln_f(x)
 
     def embedding_table(self) -> Tensor:
         """Return the token embeddings as the model reads them, (V, C)."""
-        return normalize_rows(self.wte.weight) if self.normalize_embedding else self.wte.weight
+        return rms_normalize(self.wte.weight) if self.normalize_embedding else self.wte.weight
 
     def head_weight(self) -> Tensor:
         """Return the matrix of the output layer, (V, C)."""
@@ -443,7 +434,7 @@ class GPT(nn.Module):
     def _cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
         hidden = hidden.flatten(0, 1)  # (B * T, C)
         chunk_size = max(1, MAX_LOGITS_PER_CHUNK // self.vocab_size)
-        return chunked_cross_entropy(
+        return ops.chunked_cross_entropy(
             self.compute_logits, hidden, targets.flatten(), chunk_size, reduction
         )
 
@@ -502,7 +493,3 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.attn_implementation = attn_implementation
-
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Keep only each block's input for the backward pass (Chen et al. 2016, section 3)."""
-        self.activation_checkpointing = enabled

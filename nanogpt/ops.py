@@ -138,11 +138,7 @@ def chunked_attention(
         q_chunk = q[:, :, start : start + chunk_size]  # (B, H, chunk, D)
         position = S - T + start
         end = position + q_chunk.shape[2]
-        first_key = 0
-        end_key = S
-        if window is not None:
-            first_key = max(0, position - window + 1)
-            end_key = end
+        first_key, end_key = (0, S) if window is None else (max(0, position - window + 1), end)
         k_chunk = k[:, :, first_key:end_key]
         v_chunk = v[:, :, first_key:end_key]
         y[:, :, start : start + chunk_size] = recompute(

@@ -70,17 +70,17 @@ class Optimizer:
         self.settings = settings
         self.dtype = dtype
         self.distribute = distribute
-        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        self.params: dict[str, Tensor] = dict(model.named_parameters())
         self.state: OptimizerState = defaultdict(dict)
         splits = muon_splits if settings.optimizer == "muon" else {}
-        self.muon_splits = {p: splits[name] for p, name in self.names.items() if name in splits}
+        self.muon_splits = {p: splits[name] for name, p in self.params.items() if name in splits}
 
     @torch.no_grad()
     def step(self, lr_scale: float) -> None:
         """Update the parameters that have gradients, at `lr_scale` times the peak rates."""
         lr = lr_scale * self.settings.learning_rate
         weight_decay = self.settings.weight_decay
-        params = [p for p in self.names if p.grad is not None]
+        params = [p for p in self.params.values() if p.grad is not None]
         adamw_params = [p for p in params if p not in self.muon_splits]
         # Only matrices decay: shrinking a bias or a norm's gain regularizes nothing.
         matrices = [p for p in adamw_params if p.dim() >= 2]
@@ -93,15 +93,15 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        for p in self.names:
+        for p in self.params.values():
             p.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state as tensors named "parameter.quantity"."""
         return {
-            f"{self.names[p]}.{key}": value
-            for p, state in self.state.items()
-            for key, value in state.items()
+            f"{name}.{key}": value
+            for name, p in self.params.items()
+            for key, value in self.state.get(p, {}).items()
         }
 
     def empty_state_tensor(self, full_name: str, shape: Sequence[int]) -> Tensor:
@@ -110,7 +110,7 @@ class Optimizer:
         Raises:
             KeyError: The model has no such parameter.
         """
-        p = self._parameters()[full_name.rpartition(".")[0]]
+        p = self.params[full_name.rpartition(".")[0]]
         if list(p.shape) == list(shape):
             return torch.empty_like(p, requires_grad=False)
         return torch.empty(list(shape), device=p.device)
@@ -121,14 +121,10 @@ class Optimizer:
         Raises:
             KeyError: The model has no such parameter.
         """
-        parameters = self._parameters()
         for full_name, value in tensors.items():
             name, _, key = full_name.rpartition(".")
-            p = parameters[name]
+            p = self.params[name]
             self.state[p][key] = value.to(p.device)
-
-    def _parameters(self) -> dict[str, Tensor]:
-        return {name: p for p, name in self.names.items()}
 
 
 def adamw_step(params: list[Tensor], state: OptimizerState, lr: float, weight_decay: float) -> None:

@@ -7,7 +7,8 @@ written by `nanogpt.checkpoint`. No torch is imported, so that the server starts
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +170,11 @@ def read_model_header(path: Path) -> tuple[dict[str, Any], int]:
 def check_format_version(path: Path, metadata: Mapping[str, Any]) -> None:
     """Raise `UserError` for a model file of another format version."""
     version = metadata["format_version"]
-    if version > FORMAT_VERSION:
-        what = f"{path} was written by a newer nanogpt (format {version}, not {FORMAT_VERSION})."
-        raise UserError(what, "Upgrade nanogpt.")
-    if version < FORMAT_VERSION:
-        what = f"{path} was written by an older nanogpt (format {version}, not {FORMAT_VERSION})."
-        raise UserError(what, "Train the model again.")
+    if version != FORMAT_VERSION:
+        is_newer = version > FORMAT_VERSION
+        writer = "a newer nanogpt" if is_newer else "an older nanogpt"
+        what = f"{path} was written by {writer} (format {version}, not {FORMAT_VERSION})."
+        raise UserError(what, "Upgrade nanogpt." if is_newer else "Train the model again.")
 
 
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
@@ -202,16 +202,7 @@ def read_jsonl(path: Path, max_steps: int | None = None) -> list[dict[str, Any]]
             selected = {steps[(k + 1) * len(steps) // max_steps - 1] for k in range(max_steps)}
             dropped = set(steps) - selected
             lines = [line for i, line in enumerate(lines) if i not in dropped]
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line.decode("utf-8", errors="replace"))
-        except ValueError:
-            break
-        if not isinstance(record, dict):
-            break
-        records.append(record)
-    return records
+    return list(takewhile(bool, map(_parse_record, lines)))
 
 
 def read_new_records(path: Path, offset: int, file_id: str, max_bytes: int) -> dict[str, Any]:
@@ -245,7 +236,7 @@ def read_new_records(path: Path, offset: int, file_id: str, max_bytes: int) -> d
         "from": start,
         "offset": start + len(lines),
         "more": bool(lines) and start + len(chunk) < status.st_size,
-        "records": list(_iter_records(lines)),
+        "records": _parse_complete_records(lines),
     }
 
 
@@ -254,18 +245,22 @@ def read_last_records(path: Path, max_bytes: int) -> list[dict[str, Any]]:
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         stream.seek(max(0, size - max_bytes))
-        return list(_iter_records(stream.read(max_bytes)))
+        return _parse_complete_records(stream.read(max_bytes))
 
 
-def _iter_records(lines: bytes) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects that have a step; skip damaged and incomplete lines."""
-    for line in lines.split(b"\n"):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            yield record
+def _parse_complete_records(lines: bytes) -> list[dict[str, Any]]:
+    """Return the JSON objects that have a step; skip damaged and incomplete lines."""
+    records = map(_parse_record, lines.split(b"\n"))
+    return [record for record in records if isinstance(record.get("step"), int)]
+
+
+def _parse_record(line: bytes) -> dict[str, Any]:
+    """Return the JSON object in a line, empty if the line is damaged."""
+    try:
+        record = json.loads(line.decode("utf-8", errors="replace"))
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _truncate_jsonl(path: Path, step: int) -> None:

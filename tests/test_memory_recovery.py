@@ -113,14 +113,9 @@ def test_fit_to_memory_chooses_micro_batch_size_and_resume_repeats_it(story, tmp
 def step_memory(story, settings):
     """Estimate the bytes of a training step on the story."""
     resolved = config.resolve(settings)
-    vocab_size, rows = len(set(story.read_text())) + 257, settings["micro_batch_size"]
-    parts = model_size.estimate_memory(
-        resolved.model,
-        resolved.training,
-        vocab_size,
-        rows,
-        model_size.StepMode(mixed_precision=False, sdpa=True),
-    )
+    vocab_size = len(set(story.read_text())) + 257
+    mode = model_size.StepMode(mixed_precision=False, sdpa=True)
+    parts = model_size.estimate_memory(resolved.model, resolved.training, vocab_size, mode)
     return sum(parts.values())
 
 

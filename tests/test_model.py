@@ -292,7 +292,7 @@ def test_chunked_attention_equals_masked_attention(make_model, monkeypatch, wind
     model.set_attn_implementation("eager")
     idx = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(
-        network, "causal_mask", lambda positions, S, _=None: naive_window(S, window or S)[None]
+        network.ops, "causal_mask", lambda positions, S, _=None: naive_window(S, window or S)[None]
     )
     expected = gradients(model, idx)
     monkeypatch.undo()
@@ -321,7 +321,7 @@ def test_activation_checkpointing_is_bit_exact(make_model, arch, queries, monkey
         torch.randint(11, (4, 8), generator=torch.Generator().manual_seed(1)),
     )
     expected = gradients(model, idx, SEEDS)
-    model.set_activation_checkpointing(True)
+    model.activation_checkpointing = True
     assert all(
         torch.equal(*pair) for pair in zip(gradients(model, idx, SEEDS), expected, strict=True)
     )
@@ -412,7 +412,7 @@ machine = select_device(TrainDeviceConfig(device="cpu", dtype="float32", threads
 config = ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=16)
 gpt = checkpoint.build_uninitialized(config, 11, "cpu")
 gpt.set_attn_implementation("eager")
-gpt.set_activation_checkpointing(True)
+gpt.activation_checkpointing = True
 evaluate.evaluate(gpt, np.arange(40) % 11, evaluate.TextSize(40), machine)
 model.ATTN_CHUNK_SIZE, model.MAX_LOGITS_PER_CHUNK = 1024, 2**25
 nanogpt.train(sys.argv[1], **eval(sys.argv[2]))

@@ -105,7 +105,7 @@ def test_estimate_memory_equals_what_autograd_saves(shape, mixed_precision, sdpa
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision):
         loss = model.loss_sum(ids, ids, torch.zeros(2, dtype=torch.int32))
     assert loss.requires_grad
-    parts = estimate_memory(config.model, config.training, 65, 2, StepMode(mixed_precision, sdpa))
+    parts = estimate_memory(config.model, config.training, 65, StepMode(mixed_precision, sdpa))
     expected = parts["activations"] + parts["logits"] + parts["weights"]
     expected -= 4 * sum(p.numel() for p in model.parameters())
     assert sum(storage.nbytes() for storage in saved.values()) == pytest.approx(expected, rel=0.2)
@@ -134,7 +134,7 @@ def test_estimate_memory_equals_the_optimizer_state(shape, optimizer):
     real.step(1.0)
     state = real.state_dict().items()
     expected = sum(tensor.nbytes for name, tensor in state if not name.endswith(".step"))
-    parts = estimate_memory(config.model, config.training, 65, 1, FLOAT32_SDPA)
+    parts = estimate_memory(config.model, config.training, 65, FLOAT32_SDPA)
     assert parts["optimizer"] == expected
 
 
@@ -255,7 +255,7 @@ def test_estimates_equal_what_fully_shard_stores_and_sends():
         ranks, weights, gradients, row_bytes, sent = json.loads(line)
         config = resolve(shape | {"steps": 1, "batch_size": 2 * ranks})
         mode = StepMode(mixed_precision=False, sdpa=True, world_size=ranks, parallel="fsdp")
-        parts = estimate_memory(config.model, config.training, 65, 2, mode)
+        parts = estimate_memory(config.model, config.training, 65, mode)
         assert 0 <= weights - parts["weights"] < row_bytes
         assert gradients == weights
         assert parts["gradients"] == parts["weights"] == parts["optimizer"] / 2
@@ -272,8 +272,9 @@ def test_estimate_memory_of_what_fsdp_does_not_shard():
     mode = StepMode(mixed_precision=True, sdpa=True, world_size=8, parallel="fsdp")
 
     def memory(micro_batch_size, checkpointing):
-        training = config.training.model_copy(update={"activation_checkpointing": checkpointing})
-        return estimate_memory(config.model, training, 65, micro_batch_size, mode)
+        update = {"micro_batch_size": micro_batch_size, "activation_checkpointing": checkpointing}
+        training = config.training.model_copy(update=update)
+        return estimate_memory(config.model, training, 65, mode)
 
     assert memory(8, True)["gradients"] == memory(4, True)["gradients"] == total / 2
     kept = memory(8, False)["weights"] - memory(8, True)["weights"]
@@ -394,13 +395,14 @@ def test_format_flags():
 
 
 def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others():
-    config = resolve(SHAPES[0] | {"n_layer": 8, "context_length": 128, "dropout": 0.2, "steps": 1})
+    settings = {"n_layer": 8, "context_length": 128, "dropout": 0.2, "batch_size": 4, "steps": 1}
+    config = resolve(SHAPES[0] | settings)
     deep, one = (config.model.model_copy(update={"n_layer": layers}) for layers in (8, 1))
     mode, tokens = StepMode(mixed_precision=False, sdpa=False), 4 * 128
     checkpointed = config.training.model_copy(update={"activation_checkpointing": True})
     difference = (
-        estimate_memory(deep, checkpointed, 65, 4, mode)["activations"]
-        - estimate_memory(one, config.training, 65, 4, mode)["activations"]
+        estimate_memory(deep, checkpointed, 65, mode)["activations"]
+        - estimate_memory(one, config.training, 65, mode)["activations"]
     )
     assert difference == 8 * tokens * 4 * deep.n_embd
 
@@ -409,8 +411,9 @@ def test_fit_micro_batch_halves_the_batch_and_then_checkpoints_activations():
     config = resolve({"n_layer": 8, "steps": 1, "batch_size": 24})
 
     def needed(size, checkpointing=False):
-        training = config.training.model_copy(update={"activation_checkpointing": checkpointing})
-        return 1.2 * sum(estimate_memory(config.model, training, 65, size, FLOAT32_SDPA).values())
+        update = {"micro_batch_size": size, "activation_checkpointing": checkpointing}
+        training = config.training.model_copy(update=update)
+        return 1.2 * sum(estimate_memory(config.model, training, 65, FLOAT32_SDPA).values())
 
     def fit(budget_bytes, **settings):
         training = config.training.model_copy(update=settings)
@@ -451,8 +454,7 @@ def test_estimate_memory_is_linear_in_context_length(settings):
         for T in (8192, 16384)
     )
     short_bytes, long_bytes = (
-        sum(estimate_memory(c.model, c.training, 65, 1, FLOAT32_SDPA).values())
-        for c in (short, long)
+        sum(estimate_memory(c.model, c.training, 65, FLOAT32_SDPA).values()) for c in (short, long)
     )
     fixed = 16 * sum(model_size.num_parameters(long.model, 65).values())
     assert (long_bytes - fixed) / (short_bytes - fixed) < 2.1

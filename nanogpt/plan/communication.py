@@ -68,6 +68,7 @@ def estimate_step(
         cluster: The devices.
         mode: Precision, attention implementation and parallelism.
     """
+    parameters = sum(num_parameters(model, vocab_size).values())
     local_batch_size = training.batch_size // cluster.num_devices
     micro_batches = -(-local_batch_size // (training.micro_batch_size or local_batch_size))
     forward = flops_per_token(model, vocab_size) / 3
@@ -81,34 +82,33 @@ def estimate_step(
     bytes_sent = _bytes_sent(model, vocab_size, mode, micro_batches)
     total_sent = sum(bytes_sent.values())
     communication_seconds = _ring_seconds(cluster, total_sent, total_sent)
-    muon_bytes: dict[str, float] = {}
-    muon_internode_bytes = 0.0
-    if training.optimizer == "muon":
-        muon_bytes, muon_internode_bytes = _muon_bytes_sent(model, cluster, mode)
-    muon_seconds = _ring_seconds(cluster, sum(muon_bytes.values()), muon_internode_bytes)
     if mode.is_sharded:
-        overlapped_seconds = _fsdp_overlap(model, communication_seconds, compute_seconds)
+        # All communication but that of the first block can overlap (Zhao et al. 2023, section 3.3).
+        overlappable = communication_seconds * model.n_layer / (model.n_layer + 1)
+        overlap_limit = compute_seconds
     else:
-        last_backward = backward_seconds / micro_batches
-        overlapped_seconds = _ddp_overlap(model, vocab_size, communication_seconds, last_backward)
-    update_seconds = _update_seconds(model, training, vocab_size, cluster, mode)
+        # All gradient buckets but the last can overlap with the last backward pass (Li et al. 2020,
+        # section 3.2.3).
+        last_bucket = min(1.0, DDP_BUCKET_BYTES / (4 * parameters))
+        overlappable = communication_seconds * (1 - last_bucket)
+        overlap_limit = backward_seconds / micro_batches
+    muon_bytes, muon_internode_bytes = _muon_bytes_sent(model, training, cluster, mode)
+    muon_seconds = _ring_seconds(cluster, sum(muon_bytes.values()), muon_internode_bytes)
+    update_seconds = _update_seconds(model, training, parameters, cluster, mode)
     return StepCost(
         compute_seconds=compute_seconds,
         bytes_sent=bytes_sent | muon_bytes,
         internode_bytes=total_sent + muon_internode_bytes if cluster.nodes > 1 else 0.0,
         communication_seconds=communication_seconds,
-        overlapped_seconds=overlapped_seconds,
+        overlapped_seconds=min(overlappable, overlap_limit),
         update_seconds=update_seconds + muon_seconds,
     )
 
 
 def _ring_seconds(cluster: Cluster, device_bytes: float, internode_bytes: float) -> float:
     """Return the seconds in which each device and each node send their bytes."""
-    link_seconds = network_seconds = 0.0
-    if cluster.devices_per_node > 1:
-        link_seconds = device_bytes / cluster.link_bandwidth
-    if cluster.nodes > 1:
-        network_seconds = internode_bytes / cluster.network_bandwidth
+    link_seconds = device_bytes / cluster.link_bandwidth if cluster.devices_per_node > 1 else 0.0
+    network_seconds = internode_bytes / cluster.network_bandwidth if cluster.nodes > 1 else 0.0
     return max(link_seconds, network_seconds)
 
 
@@ -137,7 +137,7 @@ def _bytes_sent(
 
 
 def _muon_bytes_sent(
-    model: ModelConfig, cluster: Cluster, mode: StepMode
+    model: ModelConfig, training: TrainingConfig, cluster: Cluster, mode: StepMode
 ) -> tuple[dict[str, float], float]:
     """Return the bytes that each device sends for Muon, and those that leave each node.
 
@@ -145,7 +145,7 @@ def _muon_bytes_sent(
     With FSDP the shards of a matrix are sent to its device, and those of the update back.
     """
     devices = cluster.num_devices
-    if devices == 1:
+    if training.optimizer != "muon" or devices == 1:
         return {}, 0.0
     ring_factor = (devices - 1) / devices
     sent = mode.matmul_bytes * non_embedding_matmul_params(model) * ring_factor
@@ -154,41 +154,14 @@ def _muon_bytes_sent(
     return {"all-to-all of Muon's matrices": 2 * sent / devices}, 2 * sent / cluster.nodes
 
 
-def _ddp_overlap(
-    model: ModelConfig, vocab_size: int, communication_seconds: float, last_backward: float
-) -> float:
-    """Return the seconds of communication that overlap with the last backward pass.
-
-    All gradient buckets but the last can overlap (Li et al. 2020, section 3.2.3).
-    """
-    gradient_bytes = 4 * sum(num_parameters(model, vocab_size).values())
-    last_bucket = min(1.0, DDP_BUCKET_BYTES / gradient_bytes)
-    return min(last_backward, communication_seconds * (1 - last_bucket))
-
-
-def _fsdp_overlap(
-    model: ModelConfig, communication_seconds: float, compute_seconds: float
-) -> float:
-    """Return the seconds of communication that overlap with computation.
-
-    All but those of the first block can overlap (Zhao et al. 2023, section 3.3).
-    """
-    return min(compute_seconds, communication_seconds * model.n_layer / (model.n_layer + 1))
-
-
 def _update_seconds(
-    model: ModelConfig,
-    training: TrainingConfig,
-    vocab_size: int,
-    cluster: Cluster,
-    mode: StepMode,
+    model: ModelConfig, training: TrainingConfig, parameters: int, cluster: Cluster, mode: StepMode
 ) -> float:
     """Return the seconds of an optimizer step, without communication.
 
     AdamW is bound by memory bandwidth. Muon's matmuls are distributed over the devices. For an
     m x n matrix with m <= n, each polynomial takes 4 m m n + 2 m m m FLOPs.
     """
-    parameters = sum(num_parameters(model, vocab_size).values())
     local_parameters = parameters / (cluster.num_devices if mode.is_sharded else 1)
     seconds = 0.0
     if cluster.memory_bandwidth:

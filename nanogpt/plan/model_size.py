@@ -1,6 +1,7 @@
 """Parameters, FLOPs and memory of a training step, by formulas."""
 
 from dataclasses import dataclass
+from itertools import product
 
 from nanogpt.config import ATTN_CHUNK_SIZE, MAX_LOGITS_PER_CHUNK, ModelConfig, TrainingConfig
 
@@ -76,11 +77,7 @@ def flops_per_token(model: ModelConfig, vocab_size: int) -> float:
 
 
 def estimate_memory(
-    model: ModelConfig,
-    training: TrainingConfig,
-    vocab_size: int,
-    micro_batch_size: int,
-    mode: StepMode,
+    model: ModelConfig, training: TrainingConfig, vocab_size: int, mode: StepMode
 ) -> dict[str, float]:
     """Return the peak bytes of an eager training step on each rank, by use.
 
@@ -90,9 +87,9 @@ def estimate_memory(
 
     Args:
         model: The model's shape.
-        training: The optimizer, the batch size and whether activations are checkpointed.
+        training: The training settings. Without a micro-batch size, a rank's part of the batch is
+            one micro-batch.
         vocab_size: Number of different tokens.
-        micro_batch_size: Sequences per forward pass on a rank.
         mode: Precision, attention implementation and parallelism.
     """
     total = sum(num_parameters(model, vocab_size).values())
@@ -105,6 +102,7 @@ def estimate_memory(
     # activations are checkpointed.
     if mode.mixed_precision and not (mode.is_sharded and training.activation_checkpointing):
         weights += 2 * matrices
+    micro_batch_size = training.micro_batch_size or training.batch_size // mode.world_size
     tokens = micro_batch_size * model.context_length
     logits = min(tokens, max(1, MAX_LOGITS_PER_CHUNK // vocab_size)) * vocab_size
     bytes_per_logit = 8 + (mode.matmul_bytes if mode.mixed_precision else 0)
@@ -199,18 +197,13 @@ def fit_micro_batch(
     sizes = [min(local_batch_size, training.micro_batch_size or local_batch_size)]
     while training.micro_batch_size is None and sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 2))
-    if training.activation_checkpointing is None:
-        checkpointing_options = [False, True]
-    else:
-        checkpointing_options = [training.activation_checkpointing]
-    for checkpointing in checkpointing_options:
-        for size in sizes:
-            candidate = training.model_copy(
-                update={"micro_batch_size": size, "activation_checkpointing": checkpointing}
-            )
-            needed = estimate_memory(model, candidate, vocab_size, size, mode)
-            if fits_memory(needed, budget_bytes):
-                return candidate, needed
+    setting = training.activation_checkpointing
+    for checkpointing, size in product([False, True] if setting is None else [setting], sizes):
+        update = {"micro_batch_size": size, "activation_checkpointing": checkpointing}
+        candidate = training.model_copy(update=update)
+        needed = estimate_memory(model, candidate, vocab_size, mode)
+        if fits_memory(needed, budget_bytes):
+            break
     return candidate, needed
 
 

@@ -8,15 +8,9 @@ from nanogpt.config import ModelConfig, TrainDeviceConfig, TrainingConfig
 from nanogpt.errors import UserError
 from nanogpt.formatting import format_sig
 from nanogpt.gpu_specs import Cluster
+from nanogpt.plan import model_size
 from nanogpt.plan.communication import StepCost, estimate_step
 from nanogpt.plan.corpus_cost import CorpusCost
-from nanogpt.plan.model_size import (
-    StepMode,
-    fit_micro_batch,
-    fits_memory,
-    flops_per_token,
-    num_parameters,
-)
 
 # Compute-optimal ratio (Hoffmann et al. 2022, table 3).
 TOKENS_PER_PARAMETER = 20
@@ -24,8 +18,8 @@ TOKENS_PER_PARAMETER = 20
 # (Muennighoff et al. 2023, section 6).
 FULL_VALUE_EPOCHS = 4
 MAX_USEFUL_EPOCHS = 16
-# Limits of the clusters that are tried if a model does not fit.
-MAX_DEVICES_PER_NODE = 8
+# The clusters that are tried if a model does not fit.
+DEVICES_PER_NODE = (2, 4, 8)
 MAX_NODES = 4096
 
 
@@ -127,25 +121,20 @@ def plan(
     Raises:
         UserError: The batch size is not divisible by the number of devices.
     """
-    devices = cluster.num_devices
-    if training.batch_size % devices:
-        raise UserError(
-            f"The batch size {training.batch_size} is not divisible by the number of devices, "
-            f"{devices}.",
-            fix={"batch_size": _round_up(training.batch_size, devices)},
-        )
+    batch_size, devices = training.batch_size, cluster.num_devices
+    if batch_size % devices:
+        what = f"The batch size {batch_size} is not divisible by the number of devices, {devices}."
+        raise UserError(what, {"batch_size": _round_up(batch_size, devices)})
     mode = _step_mode(device, cluster, device.parallel)
-    local_batch_size = training.batch_size // devices
-    chosen, memory = fit_micro_batch(
+    local_batch_size = batch_size // devices
+    chosen, memory = model_size.fit_micro_batch(
         model, training, vocab_size, local_batch_size, cluster.memory, mode
     )
-    fits = fits_memory(memory, cluster.memory)
+    fits = model_size.fits_memory(memory, cluster.memory)
     step = estimate_step(model, chosen, vocab_size, cluster, mode)
-    steps = training.steps
-    if steps is None:
-        steps = max(1, int(60 * (training.minutes or 0) / step.seconds))
-    parameters = num_parameters(model, vocab_size)
-    tokens_per_step = training.batch_size * model.context_length
+    steps = training.steps or max(1, int(60 * (training.minutes or 0) / step.seconds))
+    parameters = model_size.num_parameters(model, vocab_size)
+    tokens_per_step = batch_size * model.context_length
     return Plan(
         parameters=parameters,
         memory=memory,
@@ -154,7 +143,7 @@ def plan(
         activation_checkpointing=bool(chosen.activation_checkpointing),
         parallel=device.parallel,
         steps=steps,
-        flops_per_token=flops_per_token(model, vocab_size),
+        flops_per_token=model_size.flops_per_token(model, vocab_size),
         cluster=cluster,
         step=step,
         fits=fits,
@@ -165,8 +154,8 @@ def plan(
     )
 
 
-def _step_mode(device: TrainDeviceConfig, cluster: Cluster, parallel: str) -> StepMode:
-    return StepMode(
+def _step_mode(device: TrainDeviceConfig, cluster: Cluster, parallel: str) -> model_size.StepMode:
+    return model_size.StepMode(
         mixed_precision=device.dtype != "float32",
         sdpa=device.attention != "eager",
         world_size=cluster.num_devices,
@@ -189,58 +178,42 @@ def _suggest_fix(
 
     Candidates are a smaller micro-batch, then FSDP, then more devices.
     """
-    open_training = training.model_copy(
-        update={"micro_batch_size": None, "activation_checkpointing": None}
-    )
+
+    def settings(cluster: Cluster, training: TrainingConfig, parallel: str) -> dict[str, object]:
+        return {
+            "nodes": cluster.nodes,
+            "gpus_per_node": cluster.devices_per_node,
+            "batch_size": training.batch_size,
+            "parallel": parallel,
+            "micro_batch_size": training.micro_batch_size,
+            "activation_checkpointing": training.activation_checkpointing,
+        }
+
+    before = settings(cluster, training, device.parallel)
     candidates = [(cluster, device.parallel), (cluster, "fsdp")]
     candidates += [(larger, "fsdp") for larger in _larger_clusters(cluster)]
     for candidate, parallel in candidates:
         devices = candidate.num_devices
         batch_size = _round_up(training.batch_size, devices)
-        chosen, memory = fit_micro_batch(
-            model,
-            open_training.model_copy(update={"batch_size": batch_size}),
-            vocab_size,
-            batch_size // devices,
-            candidate.memory,
-            _step_mode(device, candidate, parallel),
+        update = {"micro_batch_size": None, "activation_checkpointing": None}
+        open_training = training.model_copy(update=update | {"batch_size": batch_size})
+        mode = _step_mode(device, candidate, parallel)
+        chosen, memory = model_size.fit_micro_batch(
+            model, open_training, vocab_size, batch_size // devices, candidate.memory, mode
         )
-        if candidate.memory is None or not fits_memory(memory, candidate.memory):
-            continue
-        before = {
-            "nodes": cluster.nodes,
-            "gpus_per_node": cluster.devices_per_node,
-            "batch_size": training.batch_size,
-            "parallel": device.parallel,
-            "micro_batch_size": training.micro_batch_size,
-            "activation_checkpointing": training.activation_checkpointing,
-        }
-        after = before | {
-            "nodes": candidate.nodes,
-            "gpus_per_node": candidate.devices_per_node,
-            "batch_size": batch_size,
-            "parallel": parallel,
-        }
-        # Open settings are chosen again by the run itself.
-        if training.micro_batch_size:
-            after["micro_batch_size"] = chosen.micro_batch_size
-        if training.activation_checkpointing is False and chosen.activation_checkpointing:
-            after["activation_checkpointing"] = True
-        return {name: value for name, value in after.items() if value != before[name]}
+        if model_size.fits_memory(memory, candidate.memory):
+            after = settings(candidate, chosen, parallel).items()
+            # The run itself chooses settings that are None, and checkpointing may stay enabled.
+            return {name: new for name, new in after if new and before[name] not in (None, new)}
     return None
 
 
 def _larger_clusters(cluster: Cluster) -> list[Cluster]:
     """Return clusters with more devices: more in the node first, then more nodes."""
-    larger = []
-    if cluster.nodes == 1:
-        larger = [
-            replace(cluster, devices_per_node=n)
-            for n in (2, 4, 8)
-            if cluster.devices_per_node < n <= MAX_DEVICES_PER_NODE
-        ]
+    sizes = [n for n in DEVICES_PER_NODE if n > cluster.devices_per_node and cluster.nodes == 1]
+    larger = [replace(cluster, devices_per_node=n) for n in sizes]
     widest = larger[-1] if larger else cluster
-    doublings = (cluster.nodes << k for k in range(1, 13))
+    doublings = (cluster.nodes << k for k in range(1, MAX_NODES.bit_length()))
     return larger + [replace(widest, nodes=nodes) for nodes in doublings if nodes <= MAX_NODES]
 
 

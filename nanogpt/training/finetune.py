@@ -61,7 +61,7 @@ def inherit_settings(user_settings: dict[str, Any], init_config: ModelConfig) ->
     before = flatten(resolve(inherited, complete=False))
     after = flatten(resolve(inherited | user_settings, complete=False))
     if changed := [name for name in FROZEN_SETTINGS if after[name] != before[name]]:
-        table = format_differences(("setting", "model", "requested"), changed, before, after)
+        table = format_differences("model", changed, before, after)
         raise UserError(
             f"Cannot change the shape of an initial checkpoint:\n{table}",
             f"Leave out {', '.join(changed)}, or leave out init_from.",

@@ -61,7 +61,7 @@ class MemoryRecovery:
             change = f"micro_batch_size is now {self.micro_batch_size} instead of {old_size}"
         elif not self.activation_checkpointing:
             self.activation_checkpointing = True
-            self.model.set_activation_checkpointing(True)
+            self.model.activation_checkpointing = True
             changes = {"activation_checkpointing": True}
             change = "activation_checkpointing is now on"
         else:

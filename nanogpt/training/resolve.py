@@ -175,7 +175,7 @@ def check_resumable(saved: dict[str, Any], user_settings: dict[str, Any]) -> Non
         if requested[name] != before[name] and name not in RESUMABLE_SETTINGS
     ]
     if changed:
-        table = format_differences(("setting", "saved", "requested"), changed, before, requested)
+        table = format_differences("saved", changed, before, requested)
         raise UserError(
             f"These settings cannot change when resuming:\n{table}",
             "Leave them out, or train in another folder. These may change: "

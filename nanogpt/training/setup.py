@@ -93,7 +93,7 @@ def build_model_and_optimizer(
         model.init_weights(generator)
         model.to(machine.device)
     model.set_attn_implementation(machine.attention)
-    model.set_activation_checkpointing(bool(config.training.activation_checkpointing))
+    model.activation_checkpointing = bool(config.training.activation_checkpointing)
     distribute = {"distribute": DistributedMuon(dist)} if dist.world_size > 1 else {}
     return model, Optimizer(
         model, config.training, model.muon_param_splits(), machine.dtype, **distribute
