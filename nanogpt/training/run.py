@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from nanogpt.plan.model_size import flops_per_token
 from nanogpt.run_folder import RunFolder
 from nanogpt.training import finetune
 from nanogpt.training.events import Event, Interrupted, StopRequested, TrainStart
-from nanogpt.training.jsonl_logger import JsonlLogger
+from nanogpt.training.jsonl_logger import log_event
 from nanogpt.training.recipe import ChosenSetting
 from nanogpt.training.resolve import memory_decisions, merge_settings, resolve_run
 from nanogpt.training.run_data import open_same_data
@@ -160,7 +161,9 @@ def run_training(
             plan = replace(plan, init_checkpoint=None)  # frees its memory
             write_run_metadata(run, shared.config, shared.prepared, context.run_id)
             events = iter([_train_start(run, plan, state.step, model, context)])
-        run_listeners: list[Listener] = [JsonlLogger(RunFolder(run)), *listeners] if plan else []
+        run_listeners: list[Listener] = (
+            [partial(log_event, RunFolder(run)), *listeners] if plan else []
+        )
 
         def emit(event: Event) -> None:
             for listener in run_listeners:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanogpt import checkpoint
 from nanogpt.config import SamplingConfig, TrainingConfig
 from nanogpt.data.prepare import PreparedData
 from nanogpt.device import compile
@@ -30,20 +31,10 @@ from nanogpt.generate.sequence import Request
 from nanogpt.generate.torch_decoder import TorchDecoder
 from nanogpt.model import GPT
 from nanogpt.optim import Optimizer, lr_multiplier
+from nanogpt.training import events
 from nanogpt.training.batch_loader import BatchLoader
 from nanogpt.training.budget import TimeBudget, estimate_teardown_seconds, val_token_budget
 from nanogpt.training.checkpointer import Checkpointer
-from nanogpt.training.events import (
-    EvalEnd,
-    Event,
-    InitialEval,
-    Interrupted,
-    RankTimings,
-    SampleEnd,
-    SaveStart,
-    StepEnd,
-    TrainEnd,
-)
 from nanogpt.training.loss import TrainLoss
 from nanogpt.training.memory_recovery import MemoryRecovery
 from nanogpt.training.state import TrainState
@@ -114,7 +105,7 @@ class Trainer:
         self.stragglers = StragglerDetector(self.machine, dist, self.run_dir / "ranks.jsonl")
         self.checkpointer = Checkpointer(self.run_dir, model, optimizer, data.tokenizer, dist)
 
-    def train(self) -> Iterator[Event]:
+    def train(self) -> Iterator[events.Event]:
         """Train to the end of the run; evaluate, sample and save on the way.
 
         Raises:
@@ -150,7 +141,7 @@ class Trainer:
                 yield from self.save()
             if stop_requested and not done:
                 yield from self.checkpointer.wait_for_pending_save()
-                yield Interrupted(state.step)
+                yield events.Interrupted(state.step)
                 return
         yield from self.checkpointer.wait_for_pending_save()
         yield self.finish()
@@ -196,7 +187,7 @@ class Trainer:
         self.optimizer.zero_grad()
         return loss_sum, grad_norm
 
-    def step(self) -> StepEnd:
+    def step(self) -> events.StepEnd:
         """Run the next `train_step` at its learning rate, and account for its loss and time."""
         start = time.perf_counter()
         settings, state = self.settings, self.state
@@ -225,7 +216,7 @@ class Trainer:
         seconds = time.perf_counter() - start
         self.budget.add_step(seconds)
         state.seconds = self.budget.elapsed_seconds()
-        return StepEnd(
+        return events.StepEnd(
             step=state.step,
             progress=progress,
             train_loss=loss,
@@ -276,7 +267,7 @@ class Trainer:
         loss_sum.item()  # waits for the device
         return time.perf_counter() - start
 
-    def evaluate(self) -> EvalEnd:
+    def evaluate(self) -> events.EvalEnd:
         """Measure the validation loss, and save the model if it is the best so far."""
         state = self.state
         loss = self.validation_loss(state.val_tokens)
@@ -292,7 +283,7 @@ class Trainer:
         if is_best:
             self.checkpointer.save_model(self.summary(loss))
         state.seconds = self.budget.elapsed_seconds()
-        return EvalEnd(
+        return events.EvalEnd(
             step=point.step,
             train_loss=point.train_loss,
             val_loss=loss.loss,
@@ -302,14 +293,14 @@ class Trainer:
             seconds=state.seconds,
         )
 
-    def evaluate_initial(self) -> InitialEval:
+    def evaluate_initial(self) -> events.InitialEval:
         """Measure the validation loss of the initial checkpoint, before the first step."""
         state = self.state
         loss = self.validation_loss(state.val_tokens)
         state.initial_val_loss = loss.loss
         state.initial_val_tokens = loss.tokens
         state.seconds = self.budget.elapsed_seconds()
-        return InitialEval(0, loss.loss, loss.bits_per_byte, loss.tokens, state.seconds)
+        return events.InitialEval(0, loss.loss, loss.bits_per_byte, loss.tokens, state.seconds)
 
     def validation_loss(self, max_tokens: int | None) -> EvalLoss:
         """Evaluate on the validation split, or on `max_tokens` tokens of it."""
@@ -331,7 +322,7 @@ class Trainer:
             return False
         return sum(point.step > best.step for point in self.state.history) >= patience
 
-    def time_ranks(self) -> RankTimings:
+    def time_ranks(self) -> events.RankTimings:
         """Compare the speed of all ranks; once per run, also measure communication."""
         seconds = self.stragglers.check_stragglers()
         comm_fraction = None
@@ -339,9 +330,9 @@ class Trainer:
             step_seconds = self.timed_dry_run()
             compute_seconds = self.timed_dry_run(communicate=False)
             comm_fraction = max(0.0, 1 - compute_seconds / step_seconds)
-        return RankTimings(self.state.step, seconds, comm_fraction)
+        return events.RankTimings(self.state.step, seconds, comm_fraction)
 
-    def sample(self, max_tokens: int | None = None) -> SampleEnd:
+    def sample(self, max_tokens: int | None = None) -> events.SampleEnd:
         """Generate a sample without a prompt, with the same seed every time."""
         unseen = self.data.metadata["unseen_token_ranges"]
         settings = SAMPLE_SETTINGS
@@ -355,31 +346,27 @@ class Trainer:
             text = ""
             while engine.has_work:
                 text += "".join(output.text for output in engine.step())
-        return SampleEnd(self.state.step, text)
+        return events.SampleEnd(self.state.step, text)
 
-    def save(self) -> Iterator[Event]:
+    def save(self) -> Iterator[events.Event]:
         """Save the training state; before the first evaluation, also the model.
 
         Evaluations save the best model. Until the first one, this lets others sample the run.
         """
-        yield SaveStart(self.state.step)
+        yield events.SaveStart(self.state.step)
         yield from self.checkpointer.wait_for_pending_save()
         if self.state.best is None:
             self.checkpointer.save_model(self.summary(None))
         yield from self.checkpointer.save_state(self.state)
 
-    def finish(self) -> TrainEnd:
+    def finish(self) -> events.TrainEnd:
         """Evaluate the best model on the full validation split, and add the result to its file."""
         state, baselines = self.state, self.data.metadata["baselines"]
-        best = self.checkpointer.load_best_model()  # also into self.model
+        best = checkpoint.load_best_weights(self.run_dir, self.model, self.dist)
         if state.val_tokens is None and "val_loss_sum" in best:
             # Evaluations during the run covered the full split.
-            loss = EvalLoss(
-                best["val_loss_sum"],
-                best["val_tokens"],
-                best["val_bytes"],
-                best.get("val_words", 0),
-            )
+            names = ("loss_sum", "tokens", "bytes", "words")
+            loss = EvalLoss(*(best[f"val_{name}"] for name in names))
         else:
             loss = self.validation_loss(None)
         diagnosis = diagnose(
@@ -387,7 +374,7 @@ class Trainer:
         )
         final = {"step": best["step"], "diagnosis": diagnosis.asdict(), "finished": state.step}
         self.checkpointer.save_model(best | self.summary(loss) | final)
-        return TrainEnd(
+        return events.TrainEnd(
             step=state.step,
             best_step=best["step"],
             loss=loss,
@@ -430,7 +417,7 @@ class Trainer:
     def _divergence_error(self, problem: str) -> UserError:
         self.checkpointer.wait_for_pending_save()
         settings = self.settings
-        saved_step = self.checkpointer.latest_step()
+        saved_step = checkpoint.latest_step(self.run_dir)
         saved = (
             f"Step {saved_step:,} is saved in {self.run_dir}" if saved_step else "Nothing is saved"
         )
