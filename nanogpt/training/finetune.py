@@ -40,8 +40,10 @@ def load_init_checkpoint(
     return init_checkpoint
 
 
-def inherit_settings(user_settings: dict[str, Any], init_config: ModelConfig) -> dict[str, Any]:
-    """Return the user's settings, completed by the model settings of the initial checkpoint.
+def inherit_settings(
+    user_settings: dict[str, Any], init_checkpoint: checkpoint.LoadedModel
+) -> dict[str, Any]:
+    """Return the user's settings, completed by those of the initial checkpoint.
 
     A longer context raises `rope_theta` by NTK-aware scaling unless the user gave one.
 
@@ -49,6 +51,7 @@ def inherit_settings(user_settings: dict[str, Any], init_config: ModelConfig) ->
         UserError: If settings contradict the shape, or a context is longer than the learned
             positions.
     """
+    init_config = init_checkpoint.model.config
     inherited = init_config.model_dump()
     before = flatten(resolve(inherited, complete=False))
     after = flatten(resolve(inherited | user_settings, complete=False))
@@ -59,7 +62,7 @@ def inherit_settings(user_settings: dict[str, Any], init_config: ModelConfig) ->
             f"Cannot change the shape of an initial checkpoint:\n{table}",
             f"Leave out {', '.join(changed)}, or leave out init_from.",
         )
-    settings = inherited | user_settings
+    settings = inherited | user_settings | {"tokenizer": init_checkpoint.tokenizer.kind}
     context_length = before["context_length"]
     factor = after["context_length"] / context_length
     if factor > 1 and init_config.arch == "gpt2":

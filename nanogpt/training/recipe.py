@@ -111,16 +111,11 @@ def choose_settings(
     """
     context_length = min(CONTEXT_LENGTH, max(1, train_tokens // 4))
     base = {"arch": "qwen3", "context_length": context_length} | user_settings
-    train_seconds = max(1.0, MIN_TRAIN_FRACTION * seconds, seconds - TEARDOWN_SECONDS)
-    model, tokens_seen = _best_shape(
-        base, world_size * train_seconds, train_tokens, vocab_size, machine
-    )
+    train_seconds = world_size * max(1.0, MIN_TRAIN_FRACTION * seconds, seconds - TEARDOWN_SECONDS)
+    model, tokens_seen = _best_shape(base, train_seconds, train_tokens, vocab_size, machine)
     max_tokens = MAX_EPOCHS * train_tokens
     num_sequences = min(tokens_seen, max_tokens) / model.context_length
-    batch_size = user_settings.get("batch_size") or (32 if machine.device.type == "cuda" else 8)
-    steps = max(1.0, num_sequences / batch_size)
-    if "batch_size" not in user_settings:
-        batch_size, steps = _fit_batch_size(batch_size, steps, world_size)
+    batch_size, steps = _choose_batch_size(num_sequences, machine, user_settings, world_size)
     num_evaluations = max(2, min(10, round(seconds / SECONDS_PER_EVALUATION)))
     eval_every = max(1, round(steps / num_evaluations))
     optimizer_choice = optimizer_settings(steps, user_settings.get("optimizer", "muon"))
@@ -151,8 +146,17 @@ def choose_settings(
     ]
 
 
-def _fit_batch_size(batch_size: int, steps: float, world_size: int) -> tuple[int, float]:
-    """Return a batch size that keeps the number of steps in range and splits across ranks."""
+def _choose_batch_size(
+    num_sequences: float, machine: Machine, user_settings: dict[str, Any], world_size: int
+) -> tuple[int, float]:
+    """Return the batch size and the number of steps for training on `num_sequences`.
+
+    The batch size is that of the user, or keeps the steps in range and splits across ranks.
+    """
+    batch_size = user_settings.get("batch_size") or (32 if machine.device.type == "cuda" else 8)
+    steps = max(1.0, num_sequences / batch_size)
+    if "batch_size" in user_settings:
+        return batch_size, steps
     while steps < MIN_STEPS and batch_size > 4:
         batch_size, steps = batch_size // 2, steps * 2
     while steps > MAX_STEPS:

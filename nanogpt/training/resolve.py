@@ -29,7 +29,7 @@ from nanogpt.plan.model_size import flops_per_token
 from nanogpt.presets import preset_settings
 from nanogpt.training import finetune, recipe
 from nanogpt.training.recipe import ChosenSetting
-from nanogpt.training.run_data import load_run_data, prepare_run_data
+from nanogpt.training.run_data import fixed_settings, load_run_data, prepare_run_data
 
 DEFAULT_MINUTES = 5.0
 # Settings that end a run.
@@ -137,22 +137,16 @@ def resolve_run(
         user_settings = _merge_saved_settings(run, user_settings)
     requested = user_settings
     if init_checkpoint is not None:
-        user_settings = finetune.inherit_settings(user_settings, init_checkpoint.model.config)
-        user_settings["tokenizer"] = init_checkpoint.tokenizer.kind
-    has_time_budget = user_settings.get("minutes") is not None
-    uses_recipe = has_time_budget and request.preset is None and not resuming
+        user_settings = finetune.inherit_settings(user_settings, init_checkpoint)
+    has_time_limit = user_settings.get("minutes") is not None
+    uses_recipe = has_time_limit and request.preset is None and not resuming
     config = resolve(user_settings, complete=not uses_recipe)
-
     if resuming:
         prepared = load_run_data(run, config, request.sources)
     else:
         prepared = prepare_run_data(request.sources, config, init_checkpoint)
-    if prepared.metadata["sources"] == [prepared.metadata["cache_dir"]]:
-        # A folder of prepared tokens keeps the settings that it was prepared with.
-        data_config = dict(prepared.metadata["data_config"])
-        data_config.pop("cross_documents", None)
-        user_settings = user_settings | data_config
-        config = resolve(user_settings, complete=not uses_recipe)
+    user_settings = user_settings | fixed_settings(prepared)
+    config = resolve(user_settings, complete=not uses_recipe)
 
     local_rank = context.local_rank if context.world_size > 1 else None
     machine = device.select_device(config.device, local_rank, context.local_world_size)

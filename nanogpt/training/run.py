@@ -256,7 +256,7 @@ def own_run_folder(run: Path, request: TrainRequest, plan: RunPlan, model: GPT) 
         UserError: If the disk is too full, the folder is in use, or a resume does not fit it.
     """
     # The model and its optimizer state both exist twice while they are replaced.
-    require_space(run, 8 * sum(p.numel() * p.element_size() for p in model.parameters()))
+    require_space(run, 8 * sum(p.nbytes for p in model.parameters()))
     with file_lock(RunFolder(run).lock_path):
         # Another process may have used the folder since it was first checked.
         RunFolder(run).check_writable(**plan.resume_mode)

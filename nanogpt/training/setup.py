@@ -28,9 +28,9 @@ def fit_to_memory(
         dist: Ranks that share the batch.
 
     Returns:
-        The completed settings, the estimated bytes of a step on each rank, the free bytes of each
-        rank (None if the system does not report them), and the settings that were chosen because
-        the full batch does not fit.
+        The completed settings, the estimated bytes of a step on each rank, and the free bytes of
+        each rank (None if the system does not report them). Last, the settings that were chosen
+        because a full batch does not fit.
 
     Raises:
         UserError: A step does not fit. The operating system may otherwise kill the process.
