@@ -19,11 +19,7 @@ MAX_BENCHMARK_BYTES = 2**31
 
 
 def autotune_for_training(
-    machine: Machine,
-    config: TrainDeviceConfig,
-    model: ModelConfig,
-    batch_size: int,
-    seconds: float,
+    machine: Machine, config: TrainDeviceConfig, model: ModelConfig, batch_size: int, seconds: float
 ) -> tuple[Machine, dict[str, str]]:
     """Choose the attention implementation and torch.compile where the settings leave them open.
 

@@ -51,10 +51,9 @@ def should_compile(
         if machine.device.type == "cpu":
             return False, "no C++ compiler was found; install g++ or clang++ to speed up long runs"
         return False, "Triton was not found"
+    cost = get_cached(f"compile seconds {key}", machine.device) or COLD_COMPILE_SECONDS
     if compile_marker_path(machine, model, batch_size).exists():
         cost = WARM_COMPILE_SECONDS
-    else:
-        cost = get_cached(f"compile seconds {key}", machine.device) or COLD_COMPILE_SECONDS
     if not _amortizes(cost, speedup, seconds):
         return False, f"{benefit} {cost:.0f} s, {too_short}"
     return True, f"{benefit} {cost:.0f} s"
@@ -98,8 +97,7 @@ def record_compile(
 
 def record_compile_failure(machine: Machine, model: ModelConfig) -> None:
     """Cache that this model fails to compile, so that later runs default to eager."""
-    key = _compile_cache_key(machine, model)
-    put_cached(f"compile speedup {key}", machine.device, 1.0)
+    put_cached(f"compile speedup {_compile_cache_key(machine, model)}", machine.device, 1.0)
 
 
 def _compile_cache_key(machine: Machine, model: ModelConfig) -> str:

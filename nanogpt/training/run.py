@@ -119,9 +119,8 @@ def run_training(
         run_context = RunContext(
             run, shared.machine, request.start_time, lambda: bool(signals), context
         )
-        trainer = Trainer(
-            model, optimizer, shared.prepared, shared.config.training, state, run_context
-        )
+        settings = shared.config.training
+        trainer = Trainer(model, optimizer, shared.prepared, settings, state, run_context)
         if plan:
             emit(_train_start(run, plan, state.step, model, context))
         event: Event | None = None
@@ -226,24 +225,21 @@ def broadcast_plan(plan: RunPlan | None, context: DistContext) -> SharedPlan:
     if context.world_size == 1:
         assert plan is not None
         return plan.shared
-    message = None
-    if plan:
-        init_checkpoint = plan.init_checkpoint
-        message = [
-            plan.shared.config.model_dump(),
-            plan.shared.prepared.metadata,
-            plan.shared.resuming,
-            init_checkpoint and init_checkpoint.tokenizer.to_json(),
-        ]
+    message = plan and [
+        plan.shared.config.model_dump(),
+        plan.shared.prepared.metadata,
+        plan.shared.resuming,
+        plan.init_checkpoint and plan.init_checkpoint.tokenizer.to_json(),
+    ]
     settings, metadata, resuming, tokenizer = context.broadcast_object(message)
     config = Config.model_validate(settings)
-    prepared = context.local_main_process_first(
-        lambda: (
-            plan.shared.prepared
-            if plan
-            else open_same_data(metadata, config, tokenizer, context.rank)
-        )
-    )
+
+    def open_data() -> PreparedData:
+        if plan:
+            return plan.shared.prepared
+        return open_same_data(metadata, config, tokenizer, context.rank)
+
+    prepared = context.local_main_process_first(open_data)
     machine = device.select_device(config.device, context.local_rank, context.local_world_size)
     return SharedPlan(config, prepared, machine, resuming, tokenizer is not None)
 
@@ -264,6 +260,7 @@ def own_run_folder(run: Path, request: TrainRequest, plan: RunPlan, model: GPT) 
             _check_resume_request(run, request, plan)
         else:
             RunFolder(run).clear()
+        del plan  # This frame would otherwise keep the initial checkpoint in memory.
         yield
 
 

@@ -191,10 +191,9 @@ class Trainer:
         """Run the next `train_step` at its learning rate, and account for its loss and time."""
         start = time.perf_counter()
         settings, state = self.settings, self.state
+        budget = self.budget
         # Report the progress at the end of the step; take the learning rate at its middle.
-        progress, midpoint = self.dist.broadcast_numbers(
-            self.budget.progress(1.0), self.budget.progress(0.5)
-        )
+        progress, midpoint = self.dist.broadcast_numbers(budget.progress(1.0), budget.progress(0.5))
         warmup_fraction = min(settings.warmup_steps / state.expected_steps, MAX_WARMUP_FRACTION)
         lr_scale = lr_multiplier(midpoint, warmup_fraction, settings.cooldown_fraction)
         num_targets = self.loader.get(state.step).num_targets
@@ -214,8 +213,8 @@ class Trainer:
         state.train_tokens += num_targets
         self.stragglers.add_step()
         seconds = time.perf_counter() - start
-        self.budget.add_step(seconds)
-        state.seconds = self.budget.elapsed_seconds()
+        budget.add_step(seconds)
+        state.seconds = budget.elapsed_seconds()
         return events.StepEnd(
             step=state.step,
             progress=progress,
@@ -304,15 +303,10 @@ class Trainer:
 
     def validation_loss(self, max_tokens: int | None) -> EvalLoss:
         """Evaluate on the validation split, or on `max_tokens` tokens of it."""
-        metadata = self.data.metadata
+        size = TextSize(self.data.metadata["val_bytes"], self.data.metadata.get("val_words", 0))
         with compile.force_eager():
             return evaluate(
-                self.model,
-                self.data.val,
-                TextSize(metadata["val_bytes"], metadata.get("val_words", 0)),
-                self.machine,
-                limit=max_tokens,
-                ranks=self.dist,
+                self.model, self.data.val, size, self.machine, limit=max_tokens, ranks=self.dist
             )
 
     def should_early_stop(self) -> bool:
@@ -343,10 +337,8 @@ class Trainer:
             decoder = TorchDecoder(self.model, self.machine.for_decoding())
             engine = Engine(decoder, self.data.tokenizer, unseen)
             engine.add(Request(prompt, settings, self.settings.seed))
-            text = ""
-            while engine.has_work:
-                text += "".join(output.text for output in engine.step())
-        return events.SampleEnd(self.state.step, text)
+            texts = [output.text for outputs in iter(engine.step, []) for output in outputs]
+        return events.SampleEnd(self.state.step, "".join(texts))
 
     def save(self) -> Iterator[events.Event]:
         """Save the training state; before the first evaluation, also the model.
@@ -388,10 +380,11 @@ class Trainer:
     def summary(self, loss: EvalLoss | None) -> dict[str, Any]:
         """Summarize the training for the model file; `loss` is None before any evaluation."""
         state, metadata = self.state, self.data.metadata
+        baselines = metadata["baselines"]
         summary = {
             "step": state.step,
             "data_fingerprint": metadata["fingerprint"],
-            "baselines": metadata["baselines"],
+            "baselines": baselines,
             "unseen_token_ranges": metadata["unseen_token_ranges"],
             "machine": str(self.machine),
         }
@@ -399,10 +392,7 @@ class Trainer:
             return summary
         minutes = self.settings.minutes and self.settings.minutes * self.budget.progress(0.0)
         diagnosis = diagnose(
-            state.history,
-            metadata["baselines"],
-            minutes=minutes,
-            initial_loss=state.initial_val_loss,
+            state.history, baselines, minutes=minutes, initial_loss=state.initial_val_loss
         )
         return summary | {
             "val_loss": loss.loss,
@@ -417,10 +407,8 @@ class Trainer:
     def _divergence_error(self, problem: str) -> UserError:
         self.checkpointer.wait_for_pending_save()
         settings = self.settings
-        saved_step = checkpoint.latest_step(self.run_dir)
-        saved = (
-            f"Step {saved_step:,} is saved in {self.run_dir}" if saved_step else "Nothing is saved"
-        )
+        step = checkpoint.latest_step(self.run_dir)
+        saved = f"Step {step:,} is saved in {self.run_dir}" if step else "Nothing is saved"
         lower = {"learning_rate": float(f"{settings.learning_rate / 10:.2g}")}
         if settings.optimizer == "muon":
             lower["muon_learning_rate"] = float(f"{settings.muon_learning_rate / 10:.2g}")
