@@ -1,5 +1,6 @@
 """Distribute Muon's matrix updates over the ranks of a data-parallel run."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,9 +108,8 @@ class DistributedMuon:
         self, sent: list[list[Tensor]], shapes: list[list[tuple[int, ...]]]
     ) -> list[list[Tensor]]:
         """Send a list of tensors to each rank; `shapes` are those received from each rank."""
-        tensors = [tensor for of_rank in sent for tensor in of_rank]
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        sizes = [[torch.Size(shape).numel() for shape in of_rank] for of_rank in shapes]
+        flat = torch.cat([tensor.flatten() for of_rank in sent for tensor in of_rank])
+        sizes = [[math.prod(shape) for shape in of_rank] for of_rank in shapes]
         received_sizes = [sum(of_rank) for of_rank in sizes]
         sent_sizes = [sum(tensor.numel() for tensor in of_rank) for of_rank in sent]
         received = flat.new_empty(sum(received_sizes))

@@ -95,12 +95,9 @@ class Trainer:
         self.budget = TimeBudget(
             settings, state, context.start_time, time.monotonic, enforce=dist.is_main_process
         )
+        batch_size, config_path = len(self.loader.rows), self.run_dir / "config.toml"
         self.memory_recovery = MemoryRecovery(
-            model,
-            settings,
-            batch_size=len(self.loader.rows),
-            config_path=self.run_dir / "config.toml",
-            is_enabled=dist.world_size == 1,
+            model, settings, batch_size, config_path, is_enabled=dist.world_size == 1
         )
         self.stragglers = StragglerDetector(self.machine, dist, self.run_dir / "ranks.jsonl")
         self.checkpointer = Checkpointer(self.run_dir, model, optimizer, data.tokenizer, dist)
