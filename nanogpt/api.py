@@ -39,7 +39,8 @@ from nanogpt.sizes import token_dtype
 from nanogpt.tokenizer.tokenizer import Tokenizer
 from nanogpt.trackers import Trackers
 from nanogpt.training.events import Event
-from nanogpt.training.run import TrainRequest, TrainResult, run_training
+from nanogpt.training.resolve import TrainRequest
+from nanogpt.training.run import TrainResult, run_training
 from nanogpt.training.run_data import find_run_data, iter_run_documents
 
 # Sequences that `generate_many` decodes in one batch.

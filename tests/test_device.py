@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanogpt.config import ModelConfig, TrainDeviceConfig
-from nanogpt.device import autotune, compile, device, measurements, memory
+from nanogpt.device import autotune, compile, measurements, memory
 from nanogpt.device.device import Machine, select_device
 from nanogpt.files import cache_dir
 
@@ -28,8 +28,7 @@ def fake_measurements(monkeypatch, **values):
         key = name.replace("torch.", "").replace(" ", "_")
         return next(float(value) for start, value in values.items() if key.startswith(start))
 
-    for module in (device, autotune, compile, measurements):
-        monkeypatch.setattr(module, "cached_measurement", cached_measurement)
+    monkeypatch.setattr(measurements, "cached_measurement", cached_measurement)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +57,7 @@ def _restore_threads():
 def test_select_device_takes_fewer_threads_only_if_clearly_faster(monkeypatch, seconds, expected):
     torch.set_num_threads(8)
     monkeypatch.setattr(
-        device, "benchmark_seconds", lambda function, device: seconds[torch.get_num_threads()]
+        measurements, "benchmark_seconds", lambda function, device: seconds[torch.get_num_threads()]
     )
     monkeypatch.setattr(measurements, "get_cached", lambda name, device: None)
     config = TrainDeviceConfig(device="cpu", dtype="float32")
@@ -79,9 +78,10 @@ def test_autotune_takes_the_faster_attention(machine, monkeypatch, eager, sdpa, 
     assert "ms eager" in reasons["attention"]
 
 
-def test_autotune_does_not_benchmark_explicit_settings(machine, monkeypatch):
-    monkeypatch.setattr(autotune, "cached_measurement", None)
-    config = TrainDeviceConfig(dtype="float32", attention="eager", compile=True)
+def test_autotune_does_not_benchmark_explicit_settings(monkeypatch):
+    config = TrainDeviceConfig(device="cpu", dtype="float32", attention="eager", compile=True)
+    machine = select_device(config)
+    monkeypatch.setattr(measurements, "cached_measurement", None)
     tuned, reasons = autotune.autotune_for_training(machine, config, MODEL, 4, 1.0)
     assert (tuned.attention, tuned.compile, reasons) == ("eager", True, {})
 

@@ -16,7 +16,7 @@ from nanogpt.formatting import format_duration, sanitize
 from nanogpt.render.terminal import Terminal, baseline_table
 from nanogpt.run_folder import RunFolder
 from nanogpt.training.events import EvalEnd, SampleEnd, StepEnd, TrainEnd, TrainStart
-from nanogpt.training.jsonl_logger import JsonlLogger
+from nanogpt.training.jsonl_logger import log_event
 
 DATA = {
     "train_tokens": 100,
@@ -174,7 +174,6 @@ def test_jsonl_logger_reports_a_full_disk(tmp_path, monkeypatch, number):
     def full(*args, **kwargs):
         raise OSError(number, os.strerror(number))
 
-    log = JsonlLogger(RunFolder(tmp_path))
     monkeypatch.setattr(type(tmp_path), "open", full)
     with pytest.raises(UserError, match="The disk is full"):
-        log(SampleEnd(1, "text"))
+        log_event(RunFolder(tmp_path), SampleEnd(1, "text"))

@@ -8,14 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanogpt.config import ModelConfig, TrainDeviceConfig
+from nanogpt.device import measurements
 from nanogpt.device.compile import should_compile
 from nanogpt.device.device import Machine
-from nanogpt.device.measurements import (
-    MIN_SPEEDUP,
-    benchmark_seconds,
-    cached_measurement,
-    peak_flops,
-)
+from nanogpt.device.measurements import MIN_SPEEDUP
 
 BENCHMARK_TOKENS = 4096
 # Above this many bytes, eager attention is not benchmarked.
@@ -23,16 +19,12 @@ MAX_BENCHMARK_BYTES = 2**31
 
 
 def autotune_for_training(
-    machine: Machine,
-    config: TrainDeviceConfig,
-    model: ModelConfig,
-    batch_size: int,
-    seconds: float,
+    machine: Machine, config: TrainDeviceConfig, model: ModelConfig, batch_size: int, seconds: float
 ) -> tuple[Machine, dict[str, str]]:
     """Choose the attention implementation and torch.compile where the settings leave them open.
 
     Args:
-        machine: The selected device.
+        machine: The device that was selected for `config`.
         config: The device settings; `attention = auto` and `compile = None` are open.
         model: The model's shape.
         batch_size: Sequences per step.
@@ -43,16 +35,16 @@ def autotune_for_training(
     """
     reasons: dict[str, str] = {}
     if config.dtype == "auto" and machine.device.type == "cpu":
-        bfloat16 = peak_flops(machine.device, torch.bfloat16) / 1e9
-        float32 = peak_flops(machine.device, torch.float32) / 1e9
+        bfloat16 = measurements.peak_flops(machine.device, torch.bfloat16) / 1e9
+        float32 = measurements.peak_flops(machine.device, torch.float32) / 1e9
         reasons["dtype"] = f"matmul: {bfloat16:,.0f} GFLOP/s bfloat16, {float32:,.0f} float32"
-    attention, compiled = str(config.attention), config.compile
-    if attention == "auto":
+    if config.attention == "auto":
         attention, reasons["attention"] = _benchmark_attention(machine, model)
-    machine = replace(machine, attention=attention)
-    if compiled is None:
-        compiled, reasons["compile"] = should_compile(machine, model, batch_size, seconds)
-    return replace(machine, compile=compiled), reasons
+        machine = replace(machine, attention=attention)
+    if config.compile is None:
+        is_compiled, reasons["compile"] = should_compile(machine, model, batch_size, seconds)
+        machine = replace(machine, compile=is_compiled)
+    return machine, reasons
 
 
 def _benchmark_attention(machine: Machine, model: ModelConfig) -> tuple[str, str]:
@@ -79,11 +71,13 @@ def _benchmark_attention(machine: Machine, model: ModelConfig) -> tuple[str, str
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True)
             return ((q @ k.mT).float() + mask).softmax(dim=3).to(v.dtype) @ v
 
-        return benchmark_seconds(lambda: attention().sum().backward(), machine.device)
+        return measurements.benchmark_seconds(lambda: attention().sum().backward(), machine.device)
 
     def cached(implementation: str) -> float:
         name = f"attention {implementation} {T} {H} {D} {machine.dtype}"
-        return cached_measurement(name, machine.device, lambda: measure(implementation))
+        return measurements.cached_measurement(
+            name, machine.device, lambda: measure(implementation)
+        )
 
     eager, sdpa = cached("eager"), cached("sdpa")
     reason = f"{BENCHMARK_TOKENS:,} tokens: {1e3 * eager:.3g} ms eager, {1e3 * sdpa:.3g} ms sdpa"

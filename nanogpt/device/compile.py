@@ -2,8 +2,8 @@
 
 import hashlib
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -11,8 +11,9 @@ import torch._functorch.config  # no public API for the partitioner's recomputat
 from torch import Tensor, nn
 
 from nanogpt.config import ModelConfig
+from nanogpt.device import measurements
 from nanogpt.device.device import Machine
-from nanogpt.device.measurements import MIN_SPEEDUP, cached_measurement, get_cached, put_cached
+from nanogpt.device.measurements import MIN_SPEEDUP, get_cached, put_cached
 from nanogpt.device.memory import is_oom_error
 
 # Seconds to compile a step on two cores, with an empty and with a filled compiler cache.
@@ -50,10 +51,9 @@ def should_compile(
         if machine.device.type == "cpu":
             return False, "no C++ compiler was found; install g++ or clang++ to speed up long runs"
         return False, "Triton was not found"
+    cost = get_cached(f"compile seconds {key}", machine.device) or COLD_COMPILE_SECONDS
     if compile_marker_path(machine, model, batch_size).exists():
         cost = WARM_COMPILE_SECONDS
-    else:
-        cost = get_cached(f"compile seconds {key}", machine.device) or COLD_COMPILE_SECONDS
     if not _amortizes(cost, speedup, seconds):
         return False, f"{benefit} {cost:.0f} s, {too_short}"
     return True, f"{benefit} {cost:.0f} s"
@@ -88,7 +88,7 @@ def record_compile(
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.touch()
     try:
-        cached_measurement(f"compile speedup {key}", machine.device, speedup)
+        measurements.cached_measurement(f"compile speedup {key}", machine.device, speedup)
     except RuntimeError as error:
         # The eager step may run out of memory where the compiled step fits.
         if not is_oom_error(error):
@@ -97,8 +97,7 @@ def record_compile(
 
 def record_compile_failure(machine: Machine, model: ModelConfig) -> None:
     """Cache that this model fails to compile, so that later runs default to eager."""
-    key = _compile_cache_key(machine, model)
-    put_cached(f"compile speedup {key}", machine.device, 1.0)
+    put_cached(f"compile speedup {_compile_cache_key(machine, model)}", machine.device, 1.0)
 
 
 def _compile_cache_key(machine: Machine, model: ModelConfig) -> str:
@@ -137,24 +136,10 @@ def compile_loss(
         return torch.compile(loss_sum, mode="reduce-overhead", dynamic=False)
     for block in model.blocks:  # type: ignore[union-attr]
         block.compile(dynamic=False)
-
-    def compiled_loss_sum(*inputs: Tensor) -> Tensor:
-        with torch._functorch.config.patch(
-            ban_recompute_used_far_apart=False, ban_recompute_long_fusible_chains=False
-        ):
-            return loss_sum(*inputs)
-
-    return compiled_loss_sum
-
-
-def eager_loss(loss_sum: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the loss function such that blocks that failed to compile run eagerly."""
-
-    def eager_loss_sum(*inputs: Tensor) -> Tensor:
-        with force_eager():
-            return loss_sum(*inputs)
-
-    return eager_loss_sum
+    allow_recompute = torch._functorch.config.patch(
+        ban_recompute_used_far_apart=False, ban_recompute_long_fusible_chains=False
+    )
+    return allow_recompute(loss_sum)
 
 
 def compile_marker_path(machine: Machine, model: ModelConfig, batch_size: int) -> Path:
@@ -173,12 +158,13 @@ def compile_marker_path(machine: Machine, model: ModelConfig, batch_size: int) -
     return Path(compiler_cache_dir()) / f"nanogpt-{digest[:20]}"
 
 
-def force_eager() -> AbstractContextManager:
-    """Return a context in which compiled modules run eagerly.
+@contextmanager
+def force_eager() -> Iterator[None]:
+    """Run compiled modules eagerly, in a `with` block or in a decorated function.
 
     Shapes other than those of a training step would otherwise each be compiled.
     """
     # Importing the compiler takes a second. If it was not imported, nothing is compiled.
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    is_imported = "torch._dynamo" in sys.modules
+    with torch.compiler.set_stance("force_eager") if is_imported else nullcontext():
+        yield

@@ -12,12 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanogpt.config import TrainDeviceConfig
-from nanogpt.device.measurements import (
-    MIN_SPEEDUP,
-    benchmark_seconds,
-    cached_measurement,
-    peak_flops,
-)
+from nanogpt.device import measurements
+from nanogpt.device.measurements import MIN_SPEEDUP
 from nanogpt.device.memory import tune_malloc
 from nanogpt.errors import UserError
 
@@ -73,15 +69,8 @@ class Machine:
 
     def to_config(self) -> TrainDeviceConfig:
         """Return the settings that select this machine again."""
-        return TrainDeviceConfig(
-            device=self.device.type,  # type: ignore[arg-type]
-            dtype=str(self.dtype).removeprefix("torch."),  # type: ignore[arg-type]
-            threads=self.threads,
-            compile=self.compile,
-            attention=self.attention,  # type: ignore[arg-type]
-            deterministic=self.deterministic,
-            parallel=self.parallel,  # type: ignore[arg-type]
-        )
+        dtype = str(self.dtype).removeprefix("torch.")
+        return TrainDeviceConfig(**vars(self) | {"device": self.device.type, "dtype": dtype})
 
     def for_decoding(self) -> "Machine":
         """Return the machine with the precision for decoding one sequence.
@@ -106,8 +95,8 @@ def select_device(
     """Select device, precision and threads where the settings leave them open.
 
     Sets PyTorch's threads, determinism and float32 matmul precision for this process. Processes
-    on one machine use a GPU each, or equal parts of the CPU cores. The attention implementation
-    and torch.compile are left to `autotune.autotune_for_training`.
+    on one machine use a GPU each, or equal parts of the CPU cores. Where the settings leave
+    attention and torch.compile open, they are left to `autotune.autotune_for_training`.
 
     Args:
         config: The device settings.
@@ -140,7 +129,9 @@ def select_device(
     return Machine(
         device,
         dtype,
-        torch.get_num_threads(),
+        threads=torch.get_num_threads(),
+        attention="sdpa" if config.attention == "auto" else config.attention,
+        compile=bool(config.compile),
         deterministic=config.deterministic,
         parallel=config.parallel,
     )
@@ -148,12 +139,8 @@ def select_device(
 
 def _available_device_type(name: str) -> str:
     """Return the requested device type, or the best available one for "auto"."""
-    is_available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    available = [device_type for device_type, found in is_available.items() if found]
+    has_gpu = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = [*(device_type for device_type, found in has_gpu.items() if found), "cpu"]
     if name == "auto":
         return available[0]
     if name in available:
@@ -189,19 +176,21 @@ def _best_num_threads(device: torch.device) -> int:
     default = torch.get_num_threads()
     x, w = (torch.randn(shape, requires_grad=True) for shape in ((512, 256), (1024, 256)))
 
-    def layer_seconds(threads: int) -> float:
-        torch.set_num_threads(threads)
-        return benchmark_seconds(lambda: F.silu(F.linear(x, w)).sum().backward(), device)
+    def layer() -> None:
+        F.silu(F.linear(x, w)).sum().backward()
 
     def measure() -> float:
-        candidates = [default >> halvings for halvings in range(default.bit_length())]
-        seconds = {threads: layer_seconds(threads) for threads in candidates}
+        seconds = {}
+        for threads in (default >> halvings for halvings in range(default.bit_length())):
+            torch.set_num_threads(threads)
+            seconds[threads] = measurements.benchmark_seconds(layer, device)
         # The key of the cache contains the number of threads.
         torch.set_num_threads(default)
-        fastest = min(candidates, key=seconds.__getitem__)
-        return float(fastest if MIN_SPEEDUP * seconds[fastest] < seconds[default] else default)
+        fastest = min(seconds, key=seconds.__getitem__)
+        is_faster = MIN_SPEEDUP * seconds[fastest] < seconds[default]
+        return float(fastest if is_faster else default)
 
-    return int(cached_measurement("threads", device, measure))
+    return int(measurements.cached_measurement("threads", device, measure))
 
 
 def _bfloat16_is_faster(device: torch.device) -> bool:
@@ -209,5 +198,5 @@ def _bfloat16_is_faster(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    bfloat16, float32 = (peak_flops(device, dtype) for dtype in (torch.bfloat16, torch.float32))
-    return bfloat16 > MIN_SPEEDUP * float32
+    bfloat16 = measurements.peak_flops(device, torch.bfloat16)
+    return bfloat16 > MIN_SPEEDUP * measurements.peak_flops(device, torch.float32)

@@ -99,26 +99,20 @@ class DistContext:
         """Return the numbers of rank 0."""
         return self.all_reduce_sum(*(number if self.is_main_process else 0.0 for number in numbers))
 
-    def broadcast_object(self, value: Any) -> Any:
-        """Return the value of rank 0, which must be serializable as JSON."""
-        return value if self.world_size == 1 else self._broadcast_json(value, 0)
+    def broadcast_object(self, value: Any, source: int = 0) -> Any:
+        """Return the value of the rank `source`, which must be serializable as JSON."""
+        if self.world_size == 1:
+            return value
+        content = json.dumps(value).encode() if self.rank == source else b""
+        length = torch.tensor(len(content))
+        dist.broadcast(length, source)
+        buffer = bytearray(content or int(length))
+        dist.broadcast(torch.frombuffer(buffer, dtype=torch.uint8), source)
+        return json.loads(buffer)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Return the values of all ranks, which must be serializable as JSON."""
-        if self.world_size == 1:
-            return [value]
-        return [self._broadcast_json(value, rank) for rank in range(self.world_size)]
-
-    def _broadcast_json(self, value: Any, source: int) -> Any:
-        content = bytearray(json.dumps(value).encode()) if self.rank == source else bytearray()
-        length = torch.tensor(len(content))
-        dist.broadcast(length, source)
-        if self.rank == source:
-            data = torch.frombuffer(content, dtype=torch.uint8)
-        else:
-            data = torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(data, source)
-        return json.loads(data.numpy().tobytes())
+        return [self.broadcast_object(value, rank) for rank in range(self.world_size)]
 
     def run_on_main(self, function: Callable[[], Value]) -> Value | None:
         """Run a function on rank 0 while the others wait.
@@ -129,9 +123,6 @@ class DistContext:
         Raises:
             SystemExit: The function failed on rank 0, which reports the error itself.
         """
-        if self.world_size == 1:
-            return function()
-        value = None
         try:
             value = function() if self.is_main_process else None
         except BaseException:
@@ -157,11 +148,9 @@ class DistContext:
         Raises:
             UserError: Ranks differ; the message is a table of the differing values.
         """
-        if self.world_size == 1:
-            return
         all_settings = self.all_gather_object(settings)
         rows = []
-        for name in sorted({name for one in all_settings for name in one}):
+        for name in sorted(set().union(*all_settings)):
             ranks_of_value: dict[str, list[int]] = {}
             for rank, one in enumerate(all_settings):
                 ranks_of_value.setdefault(json.dumps(one.get(name)), []).append(rank)
@@ -178,34 +167,30 @@ class DistContext:
                 f"{torchrun_command(self.world_size)}",
             )
 
-    def broadcast_tensor_into(self, target: Tensor, source: Tensor | None) -> None:
+    def broadcast_tensor_into(self, target: Any, source: Tensor | None) -> None:
         """Copy a full tensor of rank 0 into a replicated or sharded tensor of every rank.
 
         Args:
             target: The tensor to fill in place.
             source: The full tensor; may be None except on rank 0.
         """
-        if self.world_size == 1:
-            assert source is not None
-            target.copy_(source)
-        elif not self.is_local_tensor(target):
-            from torch.distributed.tensor import distribute_tensor
-
-            if source is None:
-                source = torch.empty(target.shape, dtype=target.dtype)
-            mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
-            target.copy_(distribute_tensor(source.to(target.device), mesh, placements))
-        else:
+        if self.is_local_tensor(target):
             if self.is_main_process:
                 assert source is not None
                 target.copy_(source)
-            dist.broadcast(target, 0)
+            if self.world_size > 1:
+                dist.broadcast(target, 0)
+            return
+        from torch.distributed.tensor import distribute_tensor
 
-    def full_tensor(self, tensor: Tensor) -> Tensor:
+        if source is None:
+            source = torch.empty(target.shape, dtype=target.dtype)
+        source = source.to(target.device)
+        target.copy_(distribute_tensor(source, target.device_mesh, target.placements))
+
+    def full_tensor(self, tensor: Any) -> Tensor:
         """Return the full tensor, gathered from all ranks if it is sharded."""
-        if self.is_local_tensor(tensor):
-            return tensor
-        return tensor.full_tensor()  # type: ignore[attr-defined]
+        return tensor if self.is_local_tensor(tensor) else tensor.full_tensor()
 
     def side_group(self) -> dist.ProcessGroup | None:
         """Return a second process group, for collectives of a background thread.
@@ -235,7 +220,10 @@ class DistContext:
             yield
             self.all_reduce_sum(0)
         except RuntimeError as error:
-            if self.world_size == 1 or not _is_peer_failure(error):
+            is_peer_failure = isinstance(error, dist.DistError) or any(
+                message in str(error) for message in PEER_LOST_MESSAGES
+            )
+            if self.world_size == 1 or not is_peer_failure:
                 raise
             first_line = str(error).strip().split("\n")[0]
             raise UserError(
@@ -252,8 +240,3 @@ class DistContext:
         if self.world_size == 1:
             return "one process"
         return f"ranks 0 to {self.world_size - 1}, {self.backend}"
-
-
-def _is_peer_failure(error: RuntimeError) -> bool:
-    messages = (message in str(error) for message in PEER_LOST_MESSAGES)
-    return isinstance(error, dist.DistError) or any(messages)

@@ -1,6 +1,6 @@
 """Batches on the device, one step ahead of training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -33,27 +33,22 @@ class Batch:
         return list(zip(*(tensor.split(micro_batch_size) for tensor in tensors), strict=True))
 
 
+@dataclass
 class BatchLoader:
     """Loads this rank's batches, and keeps the next one ready on the device."""
 
-    def __init__(
-        self,
-        data: PreparedData,
-        settings: TrainingConfig,
-        context_length: int,
-        machine: Machine,
-        dist: DistContext,
-    ):
-        self.data = data
-        self.settings = settings
-        self.context_length = context_length
-        self.machine = machine
-        self.dist = dist
-        self.rows = dist.local_batch_slice(settings.batch_size)
-        self.next_batch: dict[int, Batch] = {}
+    data: PreparedData
+    settings: TrainingConfig
+    context_length: int
+    machine: Machine
+    dist: DistContext
+    next_batch: dict[int, Batch] = field(default_factory=dict)
 
-    def load(self, step: int) -> Batch:
-        """Load the batch of a step, and start its transfer to the device."""
+    def __post_init__(self) -> None:
+        self.rows = self.dist.local_batch_slice(self.settings.batch_size)
+
+    def prefetch(self, step: int) -> None:
+        """Load the batch of a step in advance, and start its transfer to the device."""
         B, T = self.settings.batch_size, self.context_length
         x, y, dropout_seeds = batches.sample_batch(
             self.data.train, self.settings.seed, step, self.rows, B, T, self.data.document_windows
@@ -63,12 +58,8 @@ class BatchLoader:
             # Counted before the transfer: reading the count from a GPU would wait for it.
             local_targets = int((y != batches.IGNORE_INDEX).sum())
             num_targets = int(*self.dist.all_reduce_sum(local_targets))
-        to_device = self.machine.to_device
-        return Batch(to_device(x), to_device(y), to_device(dropout_seeds), num_targets)
-
-    def prefetch(self, step: int) -> None:
-        """Load the batch of a step in advance."""
-        self.next_batch = {step: self.load(step)}
+        x, y, dropout_seeds = map(self.machine.to_device, (x, y, dropout_seeds))
+        self.next_batch = {step: Batch(x, y, dropout_seeds, num_targets)}
 
     def get(self, step: int) -> Batch:
         """Return the batch of a step."""

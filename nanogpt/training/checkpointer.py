@@ -2,7 +2,7 @@
 
 import time
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from nanogpt.training.state import TrainState
 SAVE_INTERVAL = 300.0
 
 
+@dataclass
 class Checkpointer:
     """Writes the training state and the model file of a run.
 
@@ -25,21 +26,13 @@ class Checkpointer:
     waits for the previous one.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        model: GPT,
-        optimizer: Optimizer,
-        tokenizer: Tokenizer,
-        dist: DistContext,
-    ):
-        self.run_dir = run_dir
-        self.model = model
-        self.optimizer = optimizer
-        self.tokenizer = tokenizer
-        self.dist = dist
-        self.last_save_time = time.monotonic()
-        self.pending_save: tuple[int, Future[None]] | None = None
+    run_dir: Path
+    model: GPT
+    optimizer: Optimizer
+    tokenizer: Tokenizer
+    dist: DistContext
+    last_save_time: float = field(default_factory=time.monotonic)
+    pending_save: tuple[int, Future[None]] | None = None
 
     def is_due(self) -> bool:
         """Return whether the last save is longer ago than `SAVE_INTERVAL`."""
@@ -69,11 +62,3 @@ class Checkpointer:
         """Write the current weights and a training summary as the model file of the run."""
         path = self.run_dir / "model.safetensors"
         checkpoint.save_model(path, self.model, self.tokenizer, summary, self.dist)
-
-    def load_best_model(self) -> dict[str, Any]:
-        """Load the weights of the model file into the model; return its training summary."""
-        return checkpoint.load_best_weights(self.run_dir, self.model, self.dist)
-
-    def latest_step(self) -> int | None:
-        """Return the step of the last saved state; None if there is none."""
-        return checkpoint.latest_step(self.run_dir)

@@ -12,8 +12,12 @@ from nanogpt.diagnosis import Diagnosis
 from nanogpt.evaluate import EvalLoss
 
 
+class Event:
+    """Base class of all events."""
+
+
 @dataclass(frozen=True)
-class TrainStart:
+class TrainStart(Event):
     """A run starts, or resumes after `step`.
 
     Attributes:
@@ -44,7 +48,7 @@ class TrainStart:
 
 
 @dataclass(frozen=True)
-class InitialEval:
+class InitialEval(Event):
     """The initial checkpoint was evaluated on `val_tokens` tokens, before the first step."""
 
     step: int
@@ -55,7 +59,7 @@ class InitialEval:
 
 
 @dataclass(frozen=True)
-class StepEnd:
+class StepEnd(Event):
     """An optimizer step is complete.
 
     Attributes:
@@ -80,7 +84,7 @@ class StepEnd:
 
 
 @dataclass(frozen=True)
-class EvalEnd:
+class EvalEnd(Event):
     """The model was evaluated during the run.
 
     Attributes:
@@ -103,7 +107,7 @@ class EvalEnd:
 
 
 @dataclass(frozen=True)
-class RankTimings:
+class RankTimings(Event):
     """The speed of every rank was compared.
 
     Attributes:
@@ -120,7 +124,7 @@ class RankTimings:
 
 
 @dataclass(frozen=True)
-class SampleEnd:
+class SampleEnd(Event):
     """The model generated `text` after `step`."""
 
     step: int
@@ -128,33 +132,33 @@ class SampleEnd:
 
 
 @dataclass(frozen=True)
-class SaveStart:
+class SaveStart(Event):
     """The state of `step` will be written next; listeners flush their files now."""
 
     step: int
 
 
 @dataclass(frozen=True)
-class SaveEnd:
+class SaveEnd(Event):
     """The state of `step` is on disk, and the run can resume from it."""
 
     step: int
 
 
 @dataclass(frozen=True)
-class StopRequested:
+class StopRequested(Event):
     """A signal requested a stop after this step. Emitted from inside the signal handler."""
 
 
 @dataclass(frozen=True)
-class Interrupted:
+class Interrupted(Event):
     """The run stopped on request after `step`, and is saved."""
 
     step: int
 
 
 @dataclass(frozen=True)
-class TrainEnd:
+class TrainEnd(Event):
     """The run is complete.
 
     Attributes:
@@ -176,18 +180,3 @@ class TrainEnd:
     seconds: float
     initial_val_loss: float | None
     initial_val_tokens: int = 0
-
-
-Event = (
-    TrainStart
-    | InitialEval
-    | StepEnd
-    | EvalEnd
-    | RankTimings
-    | SampleEnd
-    | SaveStart
-    | SaveEnd
-    | StopRequested
-    | Interrupted
-    | TrainEnd
-)

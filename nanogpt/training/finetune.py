@@ -11,16 +11,8 @@ from nanogpt.training.recipe import ChosenSetting
 
 # GPT was pre-trained at 2.5e-4 and fine-tuned at 6.25e-5 (Radford et al. 2018, section 4.1).
 FINETUNE_LR_RATIO = 0.25
-# Settings that a run from an initial checkpoint cannot change.
-FROZEN_SETTINGS = (
-    "arch",
-    "n_layer",
-    "n_head",
-    "n_kv_head",
-    "n_embd",
-    "head_dim",
-    "tie_word_embeddings",
-)
+# Model settings that a run from an initial checkpoint can change.
+FREE_SETTINGS = {"context_length", "dropout", "sliding_window", "rope_theta"}
 
 
 def load_init_checkpoint(
@@ -48,8 +40,10 @@ def load_init_checkpoint(
     return init_checkpoint
 
 
-def inherit_settings(user_settings: dict[str, Any], init_config: ModelConfig) -> dict[str, Any]:
-    """Return the user's settings, completed by the model settings of the initial checkpoint.
+def inherit_settings(
+    user_settings: dict[str, Any], init_checkpoint: checkpoint.LoadedModel
+) -> dict[str, Any]:
+    """Return the user's settings, completed by those of the initial checkpoint.
 
     A longer context raises `rope_theta` by NTK-aware scaling unless the user gave one.
 
@@ -57,16 +51,18 @@ def inherit_settings(user_settings: dict[str, Any], init_config: ModelConfig) ->
         UserError: If settings contradict the shape, or a context is longer than the learned
             positions.
     """
+    init_config = init_checkpoint.model.config
     inherited = init_config.model_dump()
     before = flatten(resolve(inherited, complete=False))
     after = flatten(resolve(inherited | user_settings, complete=False))
-    if changed := [name for name in FROZEN_SETTINGS if after[name] != before[name]]:
+    frozen = [name for name in ModelConfig.model_fields if name not in FREE_SETTINGS]
+    if changed := [name for name in frozen if after[name] != before[name]]:
         table = format_differences("model", changed, before, after)
         raise UserError(
             f"Cannot change the shape of an initial checkpoint:\n{table}",
             f"Leave out {', '.join(changed)}, or leave out init_from.",
         )
-    settings = inherited | user_settings
+    settings = inherited | user_settings | {"tokenizer": init_checkpoint.tokenizer.kind}
     context_length = before["context_length"]
     factor = after["context_length"] / context_length
     if factor > 1 and init_config.arch == "gpt2":
@@ -85,16 +81,18 @@ def inherit_settings(user_settings: dict[str, Any], init_config: ModelConfig) ->
     return settings
 
 
-def finetune_lrs(config: Config, user_settings: dict[str, Any]) -> list[ChosenSetting]:
-    """Return lower learning rates than usual, where the user gave none."""
-    names = ["learning_rate"]
-    if config.training.optimizer == "muon":
-        names.append("muon_learning_rate")
+def lower_learning_rates(
+    config: Config, user_settings: dict[str, Any], choices: list[ChosenSetting]
+) -> list[ChosenSetting]:
+    """Return the chosen settings with lower learning rates, where the user gave none."""
+    training = config.training
+    usual_rates = {"learning_rate": training.learning_rate}
+    if training.optimizer == "muon":
+        usual_rates["muon_learning_rate"] = training.muon_learning_rate
     reason = "1/4 of the usual rate for an initial checkpoint"
-    return [
-        ChosenSetting(
-            name, float(f"{FINETUNE_LR_RATIO * getattr(config.training, name):.2g}"), reason
-        )
-        for name in names
+    lower_rates = [
+        ChosenSetting(name, float(f"{FINETUNE_LR_RATIO * rate:.2g}"), reason)
+        for name, rate in usual_rates.items()
         if name not in user_settings
     ]
+    return [choice for choice in choices if choice.name not in usual_rates] + lower_rates

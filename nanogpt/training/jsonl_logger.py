@@ -3,34 +3,19 @@
 from dataclasses import asdict
 
 from nanogpt.run_folder import RunFolder, append_jsonl
-from nanogpt.training.events import (
-    EvalEnd,
-    Event,
-    InitialEval,
-    RankTimings,
-    SampleEnd,
-    SaveStart,
-    StepEnd,
-    TrainStart,
-)
+from nanogpt.training import events
 
 
-class JsonlLogger:
-    """Write each event with numbers or text as a line of a log in the run folder."""
-
-    def __init__(self, run: RunFolder):
-        self.run = run
-
-    def __call__(self, event: Event) -> None:
-        """Append one event to the logs of the run."""
-        match event:
-            case TrainStart():
-                self.run.truncate_logs(event.step)
-            case InitialEval() | StepEnd() | EvalEnd():
-                append_jsonl(self.run.metrics_path, asdict(event))
-            case SampleEnd():
-                append_jsonl(self.run.samples_path, asdict(event))
-            case RankTimings():
-                append_jsonl(self.run.ranks_path, asdict(event))
-            case SaveStart():
-                self.run.sync_logs()
+def log_event(run: RunFolder, event: events.Event) -> None:
+    """Append an event with numbers or text as a line to its log in the run folder."""
+    match event:
+        case events.TrainStart():
+            run.truncate_logs(event.step)
+        case events.InitialEval() | events.StepEnd() | events.EvalEnd():
+            append_jsonl(run.metrics_path, asdict(event))
+        case events.SampleEnd():
+            append_jsonl(run.samples_path, asdict(event))
+        case events.RankTimings():
+            append_jsonl(run.ranks_path, asdict(event))
+        case events.SaveStart():
+            run.sync_logs()

@@ -65,7 +65,8 @@ class TrainLoss:
             message = f"torch.compile failed; training continues without it, slower ({reason})."
             warnings.warn(message, Notice, stacklevel=2)
             self.model.zero_grad(set_to_none=True)
-            self.loss_sum = compile.eager_loss(self.model.loss_sum)
+            # The blocks that failed to compile would otherwise be compiled again.
+            self.loss_sum = compile.force_eager()(self.model.loss_sum)
             compile.record_compile_failure(self.machine, self.model.config)
             return
 

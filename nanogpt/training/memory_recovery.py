@@ -21,7 +21,7 @@ class MemoryRecovery:
 
     Args:
         model: The model that is trained.
-        settings: Source of `micro_batch_size` and `activation_checkpointing`.
+        settings: Source of `micro_batch_size`.
         batch_size: Sequences per step on this rank.
         config_path: config.toml of the run, updated so that a resumed run repeats the changes.
         is_enabled: False raises every error at once. With several ranks the others wait for
@@ -38,7 +38,6 @@ class MemoryRecovery:
     ):
         self.model = model
         self.micro_batch_size = min(settings.micro_batch_size or batch_size, batch_size)
-        self.activation_checkpointing = bool(settings.activation_checkpointing)
         self.config_path = config_path
         self.is_enabled = is_enabled
 
@@ -59,8 +58,7 @@ class MemoryRecovery:
             self.micro_batch_size = -(-old_size // 2)
             changes = {"micro_batch_size": self.micro_batch_size}
             change = f"micro_batch_size is now {self.micro_batch_size} instead of {old_size}"
-        elif not self.activation_checkpointing:
-            self.activation_checkpointing = True
+        elif not self.model.activation_checkpointing:
             self.model.activation_checkpointing = True
             changes = {"activation_checkpointing": True}
             change = "activation_checkpointing is now on"

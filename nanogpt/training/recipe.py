@@ -109,56 +109,54 @@ def choose_settings(
     Raises:
         UserError: If the user's settings contradict each other.
     """
-    chosen: list[ChosenSetting] = []
-
-    def add_choice(reason: str, **values: Any) -> None:
-        for name, value in values.items():
-            if name not in user_settings:
-                chosen.append(ChosenSetting(name, value, reason))
-
     context_length = min(CONTEXT_LENGTH, max(1, train_tokens // 4))
     base = {"arch": "qwen3", "context_length": context_length} | user_settings
-    train_seconds = max(1.0, MIN_TRAIN_FRACTION * seconds, seconds - TEARDOWN_SECONDS)
-    model, tokens_seen = _best_shape(
-        base, world_size * train_seconds, train_tokens, vocab_size, machine
-    )
+    train_seconds = world_size * max(1.0, MIN_TRAIN_FRACTION * seconds, seconds - TEARDOWN_SECONDS)
+    model, tokens_seen = _best_shape(base, train_seconds, train_tokens, vocab_size, machine)
     max_tokens = MAX_EPOCHS * train_tokens
     num_sequences = min(tokens_seen, max_tokens) / model.context_length
-    batch_size = user_settings.get("batch_size") or (32 if machine.device.type == "cuda" else 8)
-    steps = max(1.0, num_sequences / batch_size)
-    if "batch_size" not in user_settings:
-        batch_size, steps = _fit_batch_size(batch_size, steps, world_size)
-    about_steps = f"about {float(f'{steps:.2g}'):,.0f} steps"
-
-    add_choice("learns faster than gpt2", arch=base["arch"])
-    is_short = model.context_length < CONTEXT_LENGTH
-    context_reason = "the text is short" if is_short else "a paragraph of context"
-    add_choice(context_reason, context_length=model.context_length)
-    minutes = user_settings.get("minutes") or seconds / 60
-    add_choice(
-        f"lowest predicted loss in {minutes:.3g} min",
-        n_layer=model.n_layer,
-        n_embd=model.n_embd,
-        n_head=model.n_head,
-    )
+    batch_size, steps = _choose_batch_size(num_sequences, machine, user_settings, world_size)
     num_evaluations = max(2, min(10, round(seconds / SECONDS_PER_EVALUATION)))
     eval_every = max(1, round(steps / num_evaluations))
-    add_choice(about_steps, batch_size=batch_size, eval_every=eval_every)
-    epochs = steps * batch_size * model.context_length / train_tokens
     optimizer_choice = optimizer_settings(steps, user_settings.get("optimizer", "muon"))
-    parameters_per_token = non_embedding_matmul_params(model) / train_tokens
-    add_choice(
-        f"{epochs:.2g} epochs, {parameters_per_token:.2g} parameters per token",
-        **_regularization(epochs, steps, optimizer_choice | user_settings),
-    )
-    if tokens_seen > max_tokens:
-        add_choice(f"at most {MAX_EPOCHS} epochs; the time allows more", steps=math.ceil(steps))
-    add_choice(f"rates for {about_steps}", **optimizer_choice)
-    return chosen
+    epochs = steps * batch_size * model.context_length / train_tokens
+    regularization = _regularization(epochs, steps, optimizer_choice | user_settings)
+
+    is_short = model.context_length < CONTEXT_LENGTH
+    context_reason = "the text is short" if is_short else "a paragraph of context"
+    minutes = user_settings.get("minutes") or seconds / 60
+    shape = {"n_layer": model.n_layer, "n_embd": model.n_embd, "n_head": model.n_head}
+    about_steps = f"about {float(f'{steps:.2g}'):,.0f} steps"
+    per_token = f"{non_embedding_matmul_params(model) / train_tokens:.2g} parameters per token"
+    too_long = f"at most {MAX_EPOCHS} epochs; the time allows more"
+    choices: list[tuple[str, dict[str, Any]]] = [
+        ("learns faster than gpt2", {"arch": base["arch"]}),
+        (context_reason, {"context_length": model.context_length}),
+        (f"lowest predicted loss in {minutes:.3g} min", shape),
+        (about_steps, {"batch_size": batch_size, "eval_every": eval_every}),
+        (f"{epochs:.2g} epochs, {per_token}", regularization),
+        (too_long, {"steps": math.ceil(steps)} if tokens_seen > max_tokens else {}),
+        (f"rates for {about_steps}", optimizer_choice),
+    ]
+    return [
+        ChosenSetting(name, value, reason)
+        for reason, values in choices
+        for name, value in values.items()
+        if name not in user_settings
+    ]
 
 
-def _fit_batch_size(batch_size: int, steps: float, world_size: int) -> tuple[int, float]:
-    """Return a batch size that keeps the number of steps in range and splits across ranks."""
+def _choose_batch_size(
+    num_sequences: float, machine: Machine, user_settings: dict[str, Any], world_size: int
+) -> tuple[int, float]:
+    """Return the batch size and the number of steps for training on `num_sequences`.
+
+    The batch size is that of the user, or keeps the steps in range and splits across ranks.
+    """
+    batch_size = user_settings.get("batch_size") or (32 if machine.device.type == "cuda" else 8)
+    steps = max(1.0, num_sequences / batch_size)
+    if "batch_size" in user_settings:
+        return batch_size, steps
     while steps < MIN_STEPS and batch_size > 4:
         batch_size, steps = batch_size // 2, steps * 2
     while steps > MAX_STEPS:
@@ -215,22 +213,19 @@ def _candidate_config(base: dict[str, Any], n_layer: int, n_embd: int) -> ModelC
     return resolve({"n_head": n_head} | shape | {"dropout": 0.0}).model
 
 
-def predicted_loss(
-    num_params: float, tokens_seen: float, train_tokens: float, law: ScalingLaw = LAW
-) -> float:
+def predicted_loss(num_params: float, tokens_seen: float, train_tokens: float) -> float:
     """Return the predicted loss above the floor, in nats per token.
 
     Args:
         num_params: Parameters of the block matrices.
         tokens_seen: Training tokens, repeated epochs included.
         train_tokens: Tokens in the training split.
-        law: The fitted constants.
     """
     repeat_epochs = max(0.0, tokens_seen / train_tokens - 1)
-    repeat_value = law.repeat_decay * (1 - math.exp(-repeat_epochs / law.repeat_decay))
+    repeat_value = LAW.repeat_decay * (1 - math.exp(-repeat_epochs / LAW.repeat_decay))
     effective_tokens = min(tokens_seen, train_tokens) * (1 + repeat_value)
-    model_term = law.A / (num_params / 1e6) ** law.alpha
-    return model_term + law.B / (effective_tokens / 1e6) ** law.beta
+    model_term = LAW.A / (num_params / 1e6) ** LAW.alpha
+    return model_term + LAW.B / (effective_tokens / 1e6) ** LAW.beta
 
 
 def optimizer_settings(steps: float, optimizer: str = "muon") -> dict[str, Any]:

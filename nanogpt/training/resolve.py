@@ -4,15 +4,16 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt import checkpoint
+import torch
+
+from nanogpt import __version__, checkpoint
 from nanogpt.config import (
     Config,
     TrainDeviceConfig,
-    TrainingConfig,
     flatten,
     format_differences,
     read_toml,
@@ -28,56 +29,90 @@ from nanogpt.plan.model_size import flops_per_token
 from nanogpt.presets import preset_settings
 from nanogpt.training import finetune, recipe
 from nanogpt.training.recipe import ChosenSetting
-from nanogpt.training.run_data import load_run_data, prepare_run_data
+from nanogpt.training.run_data import fixed_settings, load_run_data, prepare_run_data
 
 DEFAULT_MINUTES = 5.0
 # Settings that end a run.
 STOP_SETTINGS = ("steps", "minutes")
 # Settings that may change on resume.
-RESUMABLE_SETTINGS = {
-    *STOP_SETTINGS,
-    "eval_every",
-    "patience",
-    "micro_batch_size",
-    "activation_checkpointing",
-} | TrainDeviceConfig.model_fields.keys()
+RESUMABLE_SETTINGS = {*STOP_SETTINGS, "eval_every", "patience", *TrainDeviceConfig.model_fields}
+RESUMABLE_SETTINGS |= {"micro_batch_size", "activation_checkpointing"}
 
 
-def merge_settings(
-    settings: dict[str, Any],
-    config: str | os.PathLike[str] | None,
-    preset: str | None,
-    resuming: bool,
-) -> dict[str, Any]:
-    """Merge settings by name, over those of a TOML file, over those of a preset.
+@dataclass(frozen=True)
+class TrainRequest:
+    """The arguments of `nanogpt.train`, as plain values.
 
-    A stop setting in `settings` replaces both stop settings of the file and the preset.
-    Without any stop setting, preset or file, a new run takes DEFAULT_MINUTES.
+    `start_time` is the `time.monotonic()` at which the time budget starts. Without a run folder
+    `out`, only the trained model is kept.
     """
-    file = read_toml(Path(config)) if config else {}
-    merged = preset_settings(preset, (file | settings).get("arch")) | file
-    if _has_stop_setting(settings):
-        merged = _without_stop_settings(merged)
-    merged |= settings
-    if not (resuming or preset or config or _has_stop_setting(merged)):
-        merged["minutes"] = DEFAULT_MINUTES
-    return merged | absolute_paths(merged)
+
+    sources: list[str]
+    out: Path | None
+    settings: dict[str, Any]
+    config: str | os.PathLike[str] | None
+    preset: str | None
+    init_from: str | None
+    resume: bool
+    overwrite: bool
+    start_time: float
+
+    def validate(self) -> None:
+        """Check that the arguments do not contradict each other.
+
+        Raises:
+            UserError: If they do.
+        """
+        if self.resume and self.out is None:
+            raise UserError("There is no run to resume.", "Name its folder in out.")
+        if self.resume and self.overwrite:
+            raise UserError(
+                "A run cannot be resumed and overwritten at the same time.",
+                "Leave out resume or overwrite.",
+            )
+
+    def merged_settings(self, resuming: bool) -> dict[str, Any]:
+        """Return `settings` by name, over those of the TOML file, over those of the preset.
+
+        A stop setting in `settings` replaces both stop settings of the file and the preset.
+        Without any stop setting, preset or file, a new run takes DEFAULT_MINUTES.
+        """
+        file = read_toml(Path(self.config)) if self.config else {}
+        preset = preset_settings(self.preset, (file | self.settings).get("arch"))
+        merged = _override(preset | file, self.settings)
+        if not (resuming or self.preset or self.config or _has_stop_setting(merged)):
+            merged["minutes"] = DEFAULT_MINUTES
+        return merged | absolute_paths(merged)
+
+    def cross_rank_fingerprint(self) -> dict[str, Any]:
+        """Return versions and arguments, which must be equal on all ranks."""
+        arguments = {
+            "text": self.sources,
+            "init_from": self.init_from,
+            "resume": self.resume,
+            "overwrite": self.overwrite,
+        }
+        values = self.merged_settings(resuming=True) | arguments
+        versions = {"nanogpt": __version__, "torch": torch.__version__}
+        return versions | {name: str(value) for name, value in values.items()}
 
 
 def _has_stop_setting(settings: dict[str, Any]) -> bool:
     return any(settings.get(name) is not None for name in STOP_SETTINGS)
 
 
-def _without_stop_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in STOP_SETTINGS}
+def _override(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with changes; a stop setting in `changes` replaces both stop settings."""
+    if _has_stop_setting(changes):
+        settings = {name: value for name, value in settings.items() if name not in STOP_SETTINGS}
+    return settings | changes
 
 
 def resolve_run(
     run: Path,
-    sources: Sequence[str],
+    request: TrainRequest,
     user_settings: dict[str, Any],
     resuming: bool,
-    start_time: float | None,
     init_checkpoint: checkpoint.LoadedModel | None,
     context: DistContext,
 ) -> tuple[Config, PreparedData, Machine, list[ChosenSetting]]:
@@ -85,10 +120,9 @@ def resolve_run(
 
     Args:
         run: The run folder.
-        sources: Names of the training texts.
-        user_settings: The merged settings of the user.
+        request: What to train on; a preset turns the recipe off.
+        user_settings: The merged settings of the request.
         resuming: True if the run continues from a saved state.
-        start_time: `time.monotonic()` at which the time budget started; None turns the recipe off.
         init_checkpoint: The model that a new run starts from, if any.
         context: The processes of the run.
 
@@ -103,84 +137,37 @@ def resolve_run(
         user_settings = _merge_saved_settings(run, user_settings)
     requested = user_settings
     if init_checkpoint is not None:
-        user_settings = finetune.inherit_settings(user_settings, init_checkpoint.model.config)
-        user_settings["tokenizer"] = init_checkpoint.tokenizer.kind
-    has_time_budget = user_settings.get("minutes") is not None
-    uses_recipe = start_time is not None and has_time_budget and not resuming
+        user_settings = finetune.inherit_settings(user_settings, init_checkpoint)
+    has_time_limit = user_settings.get("minutes") is not None
+    uses_recipe = has_time_limit and request.preset is None and not resuming
     config = resolve(user_settings, complete=not uses_recipe)
     if resuming:
-        _check_steps_left(run, config.training.steps)
-        prepared = load_run_data(run, config, sources)
+        prepared = load_run_data(run, config, request.sources)
     else:
-        prepared = prepare_run_data(sources, config, init_checkpoint)
-    if prepared.metadata["sources"] == [prepared.metadata["cache_dir"]]:
-        # A folder of prepared tokens keeps the settings that it was prepared with.
-        data_config = dict(prepared.metadata["data_config"])
-        data_config.pop("cross_documents", None)
-        user_settings = user_settings | data_config
-        config = resolve(user_settings, complete=not uses_recipe)
+        prepared = prepare_run_data(request.sources, config, init_checkpoint)
+    user_settings = user_settings | fixed_settings(prepared)
+    config = resolve(user_settings, complete=not uses_recipe)
 
     local_rank = context.local_rank if context.world_size > 1 else None
     machine = device.select_device(config.device, local_rank, context.local_world_size)
     choices: list[ChosenSetting] = []
-    if start_time is not None and uses_recipe:
-        seconds_left = 60 * user_settings["minutes"] - (time.monotonic() - start_time)
-        choices = _recipe_choices(seconds_left, prepared, machine, user_settings, context)
+    if uses_recipe:
+        seconds_left = 60 * user_settings["minutes"] - (time.monotonic() - request.start_time)
+        num_tokens, vocab_size = len(prepared.train), prepared.tokenizer.vocab_size
+        with memory.explain_oom("a model of these settings"):
+            choices = recipe.choose_settings(
+                seconds_left, num_tokens, vocab_size, machine, user_settings, context.world_size
+            )
         config = resolve(user_settings | {choice.name: choice.value for choice in choices})
     if init_checkpoint is not None:
-        rates = finetune.finetune_lrs(config, user_settings)
-        changes = {choice.name: choice.value for choice in rates}
-        config = resolve(flatten(config) | changes)
-        choices = [choice for choice in choices if choice.name not in changes] + rates
+        choices = finetune.lower_learning_rates(config, user_settings, choices)
+        config = resolve(user_settings | {choice.name: choice.value for choice in choices})
     config = clamp_context(config, requested, len(prepared.train))
     machine, measured = _autotune(config, prepared, machine, context.world_size)
     if not config.data.cross_documents:
         prepared = prepared.with_document_windows(config.model.context_length)
     config = config.model_copy(update={"device": machine.to_config()})
     return config, prepared, machine, choices + measured
-
-
-def memory_decisions(
-    requested: TrainingConfig, adjusted: TrainingConfig, free_bytes: float | None, batch_size: int
-) -> list[ChosenSetting]:
-    """Return the settings that were chosen because a full batch does not fit into memory.
-
-    Args:
-        requested: The training settings before they were adjusted to memory.
-        adjusted: The training settings after it.
-        free_bytes: Free memory, if known.
-        batch_size: Sequences per step on this rank.
-    """
-    free_gb = (free_bytes or 0) / 1e9
-    reason = f"{batch_size} sequences at once need more than the {free_gb:.2g} GB that are free"
-    choices = []
-    if requested.micro_batch_size is None and adjusted.micro_batch_size != batch_size:
-        choices.append(ChosenSetting("micro_batch_size", adjusted.micro_batch_size, reason))
-    if requested.activation_checkpointing is None and adjusted.activation_checkpointing:
-        choices.append(ChosenSetting("activation_checkpointing", True, reason))
-    return choices
-
-
-def check_resumable(saved: dict[str, Any], user_settings: dict[str, Any]) -> None:
-    """Check that the user's settings change only what may change on resume.
-
-    Raises:
-        UserError: With a table of the settings that differ and must not.
-    """
-    before = flatten(resolve(saved, complete=False))
-    requested = flatten(resolve(saved | user_settings, complete=False))
-    changed = [
-        name
-        for name in user_settings
-        if requested[name] != before[name] and name not in RESUMABLE_SETTINGS
-    ]
-    if changed:
-        table = format_differences("saved", changed, before, requested)
-        raise UserError(
-            f"These settings cannot change when resuming:\n{table}",
-            "Leave them out, or train in another folder. These may change: "
-            f"{', '.join(sorted(RESUMABLE_SETTINGS))}.",
-        )
 
 
 def clamp_context(config: Config, user_settings: dict[str, Any], train_tokens: int) -> Config:
@@ -211,38 +198,29 @@ def clamp_context(config: Config, user_settings: dict[str, Any], train_tokens: i
 
 
 def _merge_saved_settings(run: Path, user_settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the saved settings of a run, with those that the user changes on resume.
+
+    Raises:
+        UserError: With a table of the settings that must not change, or if no step is left.
+    """
     saved = read_toml(run / "config.toml")
-    if _has_stop_setting(user_settings):
-        saved = _without_stop_settings(saved)
-    check_resumable(saved, user_settings)
-    return saved | user_settings
-
-
-def _check_steps_left(run: Path, steps: int | None) -> None:
-    step = checkpoint.latest_step(run) or 0
+    merged = _override(saved, user_settings)
+    before, after = (flatten(resolve(settings, complete=False)) for settings in (saved, merged))
+    fixed = [name for name in user_settings if name not in RESUMABLE_SETTINGS]
+    if changed := [name for name in fixed if after[name] != before[name]]:
+        table = format_differences("saved", changed, before, after)
+        raise UserError(
+            f"These settings cannot change when resuming:\n{table}",
+            "Leave them out, or train in another folder. These may change: "
+            f"{', '.join(sorted(RESUMABLE_SETTINGS))}.",
+        )
+    step, steps = checkpoint.latest_step(run) or 0, after["steps"]
     if steps is not None and step > steps:
         raise UserError(
             f"The run in {run} is past its last step: {step:,} (limit steps = {steps:,}).",
             {"steps": 2 * step},
         )
-
-
-def _recipe_choices(
-    seconds_left: float,
-    prepared: PreparedData,
-    machine: Machine,
-    user_settings: dict[str, Any],
-    context: DistContext,
-) -> list[ChosenSetting]:
-    with memory.explain_oom("a model of these settings"):
-        return recipe.choose_settings(
-            seconds_left,
-            len(prepared.train),
-            prepared.tokenizer.vocab_size,
-            machine,
-            user_settings,
-            context.world_size,
-        )
+    return merged
 
 
 def _autotune(

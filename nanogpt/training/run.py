@@ -1,20 +1,17 @@
 """Carry out a training run: plan it on rank 0, build the model, own the run folder, train."""
 
-import os
 import signal
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
-from nanogpt import __version__, checkpoint
+from nanogpt import checkpoint
 from nanogpt.config import Config
 from nanogpt.data.prepare import PreparedData
 from nanogpt.data.sources import absolute_source
@@ -30,64 +27,15 @@ from nanogpt.plan.model_size import flops_per_token
 from nanogpt.run_folder import RunFolder
 from nanogpt.training import finetune
 from nanogpt.training.events import Event, Interrupted, StopRequested, TrainStart
-from nanogpt.training.jsonl_logger import JsonlLogger
+from nanogpt.training.jsonl_logger import log_event
 from nanogpt.training.recipe import ChosenSetting
-from nanogpt.training.resolve import memory_decisions, merge_settings, resolve_run
+from nanogpt.training.resolve import TrainRequest, resolve_run
 from nanogpt.training.run_data import open_same_data
 from nanogpt.training.setup import build_model_and_optimizer, fit_to_memory
 from nanogpt.training.state import TrainState
 from nanogpt.training.trainer import RunContext, Trainer
 
 Listener = Callable[[Event], None]
-
-
-@dataclass(frozen=True)
-class TrainRequest:
-    """The arguments of `nanogpt.train`, as plain values.
-
-    `start_time` is the `time.monotonic()` at which the time budget starts. Without a run folder
-    `out`, only the trained model is kept.
-    """
-
-    sources: list[str]
-    out: Path | None
-    settings: dict[str, Any]
-    config: str | os.PathLike[str] | None
-    preset: str | None
-    init_from: str | None
-    resume: bool
-    overwrite: bool
-    start_time: float
-
-    def validate(self) -> None:
-        """Check that the arguments do not contradict each other.
-
-        Raises:
-            UserError: If they do.
-        """
-        if self.resume and self.out is None:
-            raise UserError("There is no run to resume.", "Name its folder in out.")
-        if self.resume and self.overwrite:
-            raise UserError(
-                "A run cannot be resumed and overwritten at the same time.",
-                "Leave out resume or overwrite.",
-            )
-
-    def merged_settings(self, resuming: bool) -> dict[str, Any]:
-        """Return the settings together with those of the TOML file and the preset."""
-        return merge_settings(self.settings, self.config, self.preset, resuming)
-
-    def cross_rank_fingerprint(self) -> dict[str, Any]:
-        """Return versions and arguments, which must be equal on all ranks."""
-        arguments = {
-            "text": self.sources,
-            "init_from": self.init_from,
-            "resume": self.resume,
-            "overwrite": self.overwrite,
-        }
-        values = self.merged_settings(resuming=True) | arguments
-        versions = {"nanogpt": __version__, "torch": torch.__version__}
-        return versions | {name: str(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -149,21 +97,19 @@ def run_training(
     context = launch.init_distributed(requested_device)
     with context.peer_failure_guard(), ExitStack() as stack:
         context.check_same_on_all_ranks(request.cross_rank_fingerprint())
-        run = request.out or _temporary_folder(stack)
+        run = request.out or Path(stack.enter_context(TemporaryDirectory(prefix="nanogpt-")))
         plan = context.run_on_main(lambda: plan_run(run, request, context))
         shared = broadcast_plan(plan, context)
         is_fsdp = context.world_size > 1 and shared.config.device.parallel == "fsdp"
         context = replace(context, is_fsdp=is_fsdp)
         model, optimizer, state = _load_training_state(run, request, plan, shared, context, stack)
-        events: Iterator[Event] = iter(())
         if plan:
             plan = replace(plan, init_checkpoint=None)  # frees its memory
             write_run_metadata(run, shared.config, shared.prepared, context.run_id)
-            events = iter([_train_start(run, plan, state.step, model, context)])
-        run_listeners: list[Listener] = [JsonlLogger(RunFolder(run)), *listeners] if plan else []
+        listeners = [partial(log_event, RunFolder(run)), *listeners] if plan else []
 
         def emit(event: Event) -> None:
-            for listener in run_listeners:
+            for listener in listeners:
                 listener(event)
 
         signals: list[int] = []
@@ -173,27 +119,24 @@ def run_training(
         run_context = RunContext(
             run, shared.machine, request.start_time, lambda: bool(signals), context
         )
-        trainer = Trainer(
-            model, optimizer, shared.prepared, shared.config.training, state, run_context
-        )
+        settings = shared.config.training
+        trainer = Trainer(model, optimizer, shared.prepared, settings, state, run_context)
+        if plan:
+            emit(_train_start(run, plan, state.step, model, context))
         event: Event | None = None
-        for event in chain(events, trainer.train()):
+        for event in trainer.train():
             emit(event)
-        if isinstance(event, Interrupted):
-            if plan and request.out:
-                on_end(run, None)
+        result = None
+        if not isinstance(event, Interrupted):
+            final_model = load_final_model(run, shared, model, context)
+            result = TrainResult(final_model, shared.machine, run, shared.prepared)
+        if plan and request.out:
+            on_end(run, result)
+        if result is None:
             # Without a signal on this rank, another rank received one.
             number = signals[0] if signals else signal.SIGTERM
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        final_model = load_final_model(run, shared, model, context)
-        result = TrainResult(final_model, shared.machine, run, shared.prepared)
-        if plan and request.out:
-            on_end(run, result)
         return result
-
-
-def _temporary_folder(stack: ExitStack) -> Path:
-    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nanogpt-")))
 
 
 def _load_training_state(
@@ -215,11 +158,9 @@ def _load_training_state(
     )
     state = TrainState()
     if shared.resuming:
-        saved = checkpoint.load_state(run, model, optimizer, context)
-        state = TrainState.from_json(saved)
+        state = TrainState.from_json(checkpoint.load_state(run, model, optimizer, context))
     if shared.has_init_checkpoint:
-        init_checkpoint = plan.init_checkpoint if plan else None
-        init_model = init_checkpoint.model if init_checkpoint else None
+        init_model = plan.init_checkpoint.model if plan and plan.init_checkpoint else None
         checkpoint.load_weights(model, init_model, context)
         prepared.metadata["init_from"] = absolute_source(request.init_from or "")
     return model, optimizer, state
@@ -245,23 +186,14 @@ def plan_run(run: Path, request: TrainRequest, context: DistContext) -> RunPlan:
     if request.init_from is not None and not resuming:
         init_checkpoint = finetune.load_init_checkpoint(request.init_from, user_settings)
     config, prepared, machine, choices = resolve_run(
-        run,
-        request.sources,
-        user_settings,
-        resuming,
-        request.start_time if request.preset is None else None,
-        init_checkpoint,
-        context,
+        run, request, user_settings, resuming, init_checkpoint, context
     )
-    requested = config.training
-    config, required_bytes, free_bytes = fit_to_memory(
+    config, required_bytes, free_bytes, memory_choices = fit_to_memory(
         config, prepared.tokenizer.vocab_size, machine, context
     )
-    local_batch_size = len(context.local_batch_slice(requested.batch_size))
-    choices += memory_decisions(requested, config.training, free_bytes, local_batch_size)
     return RunPlan(
         SharedPlan(config, prepared, machine, resuming, init_checkpoint is not None),
-        choices,
+        choices + memory_choices,
         required_bytes,
         free_bytes,
         init_checkpoint,
@@ -293,29 +225,22 @@ def broadcast_plan(plan: RunPlan | None, context: DistContext) -> SharedPlan:
     if context.world_size == 1:
         assert plan is not None
         return plan.shared
-    message = None
-    if plan:
-        init_checkpoint = plan.init_checkpoint
-        message = [
-            plan.shared.config.model_dump(),
-            plan.shared.prepared.metadata,
-            plan.shared.resuming,
-            init_checkpoint and init_checkpoint.tokenizer.to_json(),
-        ]
+    message = plan and [
+        plan.shared.config.model_dump(),
+        plan.shared.prepared.metadata,
+        plan.shared.resuming,
+        plan.init_checkpoint and plan.init_checkpoint.tokenizer.to_json(),
+    ]
     settings, metadata, resuming, tokenizer = context.broadcast_object(message)
     config = Config.model_validate(settings)
-    prepared = context.local_main_process_first(
-        lambda: (
-            plan.shared.prepared
-            if plan
-            else open_same_data(metadata, config, tokenizer, context.rank)
-        )
-    )
-    machine = replace(
-        device.select_device(config.device, context.local_rank, context.local_world_size),
-        attention=str(config.device.attention),
-        compile=bool(config.device.compile),
-    )
+
+    def open_data() -> PreparedData:
+        if plan:
+            return plan.shared.prepared
+        return open_same_data(metadata, config, tokenizer, context.rank)
+
+    prepared = context.local_main_process_first(open_data)
+    machine = device.select_device(config.device, context.local_rank, context.local_world_size)
     return SharedPlan(config, prepared, machine, resuming, tokenizer is not None)
 
 
@@ -327,7 +252,7 @@ def own_run_folder(run: Path, request: TrainRequest, plan: RunPlan, model: GPT) 
         UserError: If the disk is too full, the folder is in use, or a resume does not fit it.
     """
     # The model and its optimizer state both exist twice while they are replaced.
-    require_space(run, 8 * sum(p.numel() * p.element_size() for p in model.parameters()))
+    require_space(run, 8 * sum(p.nbytes for p in model.parameters()))
     with file_lock(RunFolder(run).lock_path):
         # Another process may have used the folder since it was first checked.
         RunFolder(run).check_writable(**plan.resume_mode)
@@ -335,6 +260,7 @@ def own_run_folder(run: Path, request: TrainRequest, plan: RunPlan, model: GPT) 
             _check_resume_request(run, request, plan)
         else:
             RunFolder(run).clear()
+        del plan  # This frame would otherwise keep the initial checkpoint in memory.
         yield
 
 
@@ -360,22 +286,12 @@ def load_final_model(
         metadata = context.run_on_main(lambda: checkpoint.read_metadata(run)[0])
         summary = context.broadcast_object(metadata)
         return checkpoint.LoadedModel(model.eval(), tokenizer, summary)
-    machine = shared.machine
-    loaded = context.run_on_main(lambda: checkpoint.load(run, machine.device))
+    device = shared.machine.device
     if context.world_size == 1:
-        assert loaded is not None
-        return loaded
-    summary = context.broadcast_object(loaded and loaded.summary)
-    final_model = (
-        loaded.model
-        if loaded
-        else checkpoint.build_uninitialized(model.config, model.vocab_size, machine.device).eval()
-    )
-    checkpoint.load_weights(
-        final_model, final_model if loaded else None, replace(context, is_fsdp=False)
-    )
-    final_model.normalize_embedding = False
-    return checkpoint.LoadedModel(final_model, tokenizer, summary)
+        return checkpoint.load(run, device)
+    final_model = checkpoint.build_uninitialized(model.config, model.vocab_size, device)
+    summary = checkpoint.load_best_weights(run, final_model, context)
+    return checkpoint.LoadedModel(final_model.eval(), tokenizer, summary)
 
 
 @contextmanager
@@ -419,19 +335,18 @@ def _train_start(
     run: Path, plan: RunPlan, step: int, model: GPT, context: DistContext
 ) -> TrainStart:
     config, machine = plan.shared.config, plan.shared.machine
-    metadata, tokenizer = plan.shared.prepared.metadata, plan.shared.prepared.tokenizer
     description = str(machine)
     if context.world_size > 1:
-        processes = f"{context.world_size} processes ({context}, {config.device.parallel})"
-        description = f"{machine}, {processes}"
+        parallel = config.device.parallel
+        description += f", {context.world_size} processes ({context}, {parallel})"
     return TrainStart(
         run=str(run),
         step=step,
         config=config,
         parameters=sum(p.numel() for p in model.parameters()),
-        data=metadata,
+        data=plan.shared.prepared.metadata,
         machine=description,
-        flops_per_token=flops_per_token(config.model, tokenizer.vocab_size),
+        flops_per_token=flops_per_token(config.model, model.vocab_size),
         peak_flops=context.world_size * measurements.peak_flops(machine.device, machine.dtype),
         choices=plan.choices,
         required_bytes=plan.required_bytes,
@@ -440,12 +355,12 @@ def _train_start(
 
 
 def _nothing_to_resume_error(run: Path) -> UserError:
-    states = run.parent.glob("*/state/latest")
-    runs = sorted(str(path.parent.parent) for path in states)
-    if runs:
-        fix = f"Runs that can be resumed: {', '.join(runs[:10])}."
-    else:
-        fix = "Start one: nanogpt train TEXT"
+    runs = sorted(str(path.parent.parent) for path in run.parent.glob("*/state/latest"))
+    fix = (
+        f"Runs that can be resumed: {', '.join(runs[:10])}."
+        if runs
+        else "Start one: nanogpt train TEXT"
+    )
     return UserError(f"There is no run to resume in {run}.", fix)
 
 

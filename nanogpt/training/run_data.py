@@ -155,6 +155,15 @@ def open_same_data(
     return prepared.with_document_windows(config.model.context_length)
 
 
+def fixed_settings(prepared: PreparedData) -> dict[str, Any]:
+    """Return the settings that a folder of prepared tokens fixes; none for any other text."""
+    metadata = prepared.metadata
+    if metadata["sources"] != [metadata["cache_dir"]]:
+        return {}
+    settings = metadata["data_config"].items()
+    return {name: value for name, value in settings if name != "cross_documents"}
+
+
 def _differing(names: Sequence[str], saved: dict[str, Any], prepared: PreparedData) -> list[str]:
     return [name for name in names if prepared.metadata[name] != saved[name]]
 

@@ -13,11 +13,12 @@ from nanogpt.errors import UserError
 from nanogpt.model import GPT
 from nanogpt.optim import Optimizer
 from nanogpt.plan.model_size import MEMORY_SAFETY_FACTOR, StepMode, fit_micro_batch
+from nanogpt.training.recipe import ChosenSetting
 
 
 def fit_to_memory(
-    config: Config, vocab_size: int, machine: Machine, dist: DistContext = DistContext()
-) -> tuple[Config, float, float | None]:
+    config: Config, vocab_size: int, machine: Machine, dist: DistContext
+) -> tuple[Config, float, float | None, list[ChosenSetting]]:
     """Choose the micro-batch size and activation checkpointing so that a step fits in memory.
 
     Args:
@@ -28,7 +29,8 @@ def fit_to_memory(
 
     Returns:
         The completed settings, the estimated bytes of a step on each rank, and the free bytes of
-        each rank (None if the system does not report them).
+        each rank (None if the system does not report them). Last, the settings that were chosen
+        because a full batch does not fit.
 
     Raises:
         UserError: A step does not fit. The operating system may otherwise kill the process.
@@ -37,18 +39,15 @@ def fit_to_memory(
     if free_bytes is not None and machine.device.type == "cpu":
         # The ranks of a node share its memory.
         free_bytes /= dist.local_world_size
+    mode = StepMode(
+        mixed_precision=machine.dtype != torch.float32,
+        sdpa=machine.attention == "sdpa",
+        world_size=dist.world_size,
+        parallel=config.device.parallel,
+    )
+    batch_size = len(dist.local_batch_slice(config.training.batch_size))
     training, required = fit_micro_batch(
-        config.model,
-        config.training,
-        vocab_size,
-        len(dist.local_batch_slice(config.training.batch_size)),
-        free_bytes,
-        StepMode(
-            mixed_precision=machine.dtype != torch.float32,
-            sdpa=machine.attention == "sdpa",
-            world_size=dist.world_size,
-            parallel=config.device.parallel,
-        ),
+        config.model, config.training, vocab_size, batch_size, free_bytes, mode
     )
     required_bytes = sum(required.values())
     if free_bytes is not None and required_bytes > MEMORY_SAFETY_FACTOR * free_bytes:
@@ -66,7 +65,15 @@ def fit_to_memory(
             f"{required_bytes / 1e9:,.2g} GB (free: {free_bytes / 1e9:,.2g} GB).",
             f"Lower {lower}; `nanogpt plan` shows the memory of any settings.",
         )
-    return config.model_copy(update={"training": training}), required_bytes, free_bytes
+    free_gb = (free_bytes or 0) / 1e9
+    reason = f"{batch_size} sequences at once need more than the {free_gb:.2g} GB that are free"
+    choices = []
+    if config.training.micro_batch_size is None and training.micro_batch_size != batch_size:
+        choices.append(ChosenSetting("micro_batch_size", training.micro_batch_size, reason))
+    if config.training.activation_checkpointing is None and training.activation_checkpointing:
+        choices.append(ChosenSetting("activation_checkpointing", True, reason))
+    config = config.model_copy(update={"training": training})
+    return config, required_bytes, free_bytes, choices
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import statistics
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from nanogpt.errors import Notice
 STRAGGLER_RATIO = 1.5
 
 
+@dataclass
 class StragglerDetector:
     """Measures the compute time of this rank and compares it with that of the others.
 
@@ -22,13 +24,12 @@ class StragglerDetector:
         log_path: File with the timings, named in the warning.
     """
 
-    def __init__(self, machine: Machine, dist: DistContext, log_path: Path):
-        self.machine = machine
-        self.dist = dist
-        self.log_path = log_path
-        self.compute_events: list[Any] = []
-        self.compute_seconds = 0.0
-        self.compute_steps = 0
+    machine: Machine
+    dist: DistContext
+    log_path: Path
+    compute_events: list[Any] = field(default_factory=list)
+    compute_seconds: float = 0.0
+    compute_steps: int = 0
 
     def record_start(self) -> None:
         """Mark the start of a step on the device."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanogpt import checkpoint
 from nanogpt.config import SamplingConfig, TrainingConfig
 from nanogpt.data.prepare import PreparedData
 from nanogpt.device import compile
@@ -30,20 +31,10 @@ from nanogpt.generate.sequence import Request
 from nanogpt.generate.torch_decoder import TorchDecoder
 from nanogpt.model import GPT
 from nanogpt.optim import Optimizer, lr_multiplier
+from nanogpt.training import events
 from nanogpt.training.batch_loader import BatchLoader
 from nanogpt.training.budget import TimeBudget, estimate_teardown_seconds, val_token_budget
 from nanogpt.training.checkpointer import Checkpointer
-from nanogpt.training.events import (
-    EvalEnd,
-    Event,
-    InitialEval,
-    Interrupted,
-    RankTimings,
-    SampleEnd,
-    SaveStart,
-    StepEnd,
-    TrainEnd,
-)
 from nanogpt.training.loss import TrainLoss
 from nanogpt.training.memory_recovery import MemoryRecovery
 from nanogpt.training.state import TrainState
@@ -104,17 +95,14 @@ class Trainer:
         self.budget = TimeBudget(
             settings, state, context.start_time, time.monotonic, enforce=dist.is_main_process
         )
+        batch_size, config_path = len(self.loader.rows), self.run_dir / "config.toml"
         self.memory_recovery = MemoryRecovery(
-            model,
-            settings,
-            batch_size=len(self.loader.rows),
-            config_path=self.run_dir / "config.toml",
-            is_enabled=dist.world_size == 1,
+            model, settings, batch_size, config_path, is_enabled=dist.world_size == 1
         )
         self.stragglers = StragglerDetector(self.machine, dist, self.run_dir / "ranks.jsonl")
         self.checkpointer = Checkpointer(self.run_dir, model, optimizer, data.tokenizer, dist)
 
-    def train(self) -> Iterator[Event]:
+    def train(self) -> Iterator[events.Event]:
         """Train to the end of the run; evaluate, sample and save on the way.
 
         Raises:
@@ -150,7 +138,7 @@ class Trainer:
                 yield from self.save()
             if stop_requested and not done:
                 yield from self.checkpointer.wait_for_pending_save()
-                yield Interrupted(state.step)
+                yield events.Interrupted(state.step)
                 return
         yield from self.checkpointer.wait_for_pending_save()
         yield self.finish()
@@ -196,14 +184,13 @@ class Trainer:
         self.optimizer.zero_grad()
         return loss_sum, grad_norm
 
-    def step(self) -> StepEnd:
+    def step(self) -> events.StepEnd:
         """Run the next `train_step` at its learning rate, and account for its loss and time."""
         start = time.perf_counter()
         settings, state = self.settings, self.state
+        budget = self.budget
         # Report the progress at the end of the step; take the learning rate at its middle.
-        progress, midpoint = self.dist.broadcast_numbers(
-            self.budget.progress(1.0), self.budget.progress(0.5)
-        )
+        progress, midpoint = self.dist.broadcast_numbers(budget.progress(1.0), budget.progress(0.5))
         warmup_fraction = min(settings.warmup_steps / state.expected_steps, MAX_WARMUP_FRACTION)
         lr_scale = lr_multiplier(midpoint, warmup_fraction, settings.cooldown_fraction)
         num_targets = self.loader.get(state.step).num_targets
@@ -223,9 +210,9 @@ class Trainer:
         state.train_tokens += num_targets
         self.stragglers.add_step()
         seconds = time.perf_counter() - start
-        self.budget.add_step(seconds)
-        state.seconds = self.budget.elapsed_seconds()
-        return StepEnd(
+        budget.add_step(seconds)
+        state.seconds = budget.elapsed_seconds()
+        return events.StepEnd(
             step=state.step,
             progress=progress,
             train_loss=loss,
@@ -276,7 +263,7 @@ class Trainer:
         loss_sum.item()  # waits for the device
         return time.perf_counter() - start
 
-    def evaluate(self) -> EvalEnd:
+    def evaluate(self) -> events.EvalEnd:
         """Measure the validation loss, and save the model if it is the best so far."""
         state = self.state
         loss = self.validation_loss(state.val_tokens)
@@ -292,7 +279,7 @@ class Trainer:
         if is_best:
             self.checkpointer.save_model(self.summary(loss))
         state.seconds = self.budget.elapsed_seconds()
-        return EvalEnd(
+        return events.EvalEnd(
             step=point.step,
             train_loss=point.train_loss,
             val_loss=loss.loss,
@@ -302,26 +289,21 @@ class Trainer:
             seconds=state.seconds,
         )
 
-    def evaluate_initial(self) -> InitialEval:
+    def evaluate_initial(self) -> events.InitialEval:
         """Measure the validation loss of the initial checkpoint, before the first step."""
         state = self.state
         loss = self.validation_loss(state.val_tokens)
         state.initial_val_loss = loss.loss
         state.initial_val_tokens = loss.tokens
         state.seconds = self.budget.elapsed_seconds()
-        return InitialEval(0, loss.loss, loss.bits_per_byte, loss.tokens, state.seconds)
+        return events.InitialEval(0, loss.loss, loss.bits_per_byte, loss.tokens, state.seconds)
 
     def validation_loss(self, max_tokens: int | None) -> EvalLoss:
         """Evaluate on the validation split, or on `max_tokens` tokens of it."""
-        metadata = self.data.metadata
+        size = TextSize(self.data.metadata["val_bytes"], self.data.metadata.get("val_words", 0))
         with compile.force_eager():
             return evaluate(
-                self.model,
-                self.data.val,
-                TextSize(metadata["val_bytes"], metadata.get("val_words", 0)),
-                self.machine,
-                limit=max_tokens,
-                ranks=self.dist,
+                self.model, self.data.val, size, self.machine, limit=max_tokens, ranks=self.dist
             )
 
     def should_early_stop(self) -> bool:
@@ -331,7 +313,7 @@ class Trainer:
             return False
         return sum(point.step > best.step for point in self.state.history) >= patience
 
-    def time_ranks(self) -> RankTimings:
+    def time_ranks(self) -> events.RankTimings:
         """Compare the speed of all ranks; once per run, also measure communication."""
         seconds = self.stragglers.check_stragglers()
         comm_fraction = None
@@ -339,9 +321,9 @@ class Trainer:
             step_seconds = self.timed_dry_run()
             compute_seconds = self.timed_dry_run(communicate=False)
             comm_fraction = max(0.0, 1 - compute_seconds / step_seconds)
-        return RankTimings(self.state.step, seconds, comm_fraction)
+        return events.RankTimings(self.state.step, seconds, comm_fraction)
 
-    def sample(self, max_tokens: int | None = None) -> SampleEnd:
+    def sample(self, max_tokens: int | None = None) -> events.SampleEnd:
         """Generate a sample without a prompt, with the same seed every time."""
         unseen = self.data.metadata["unseen_token_ranges"]
         settings = SAMPLE_SETTINGS
@@ -352,34 +334,28 @@ class Trainer:
             decoder = TorchDecoder(self.model, self.machine.for_decoding())
             engine = Engine(decoder, self.data.tokenizer, unseen)
             engine.add(Request(prompt, settings, self.settings.seed))
-            text = ""
-            while engine.has_work:
-                text += "".join(output.text for output in engine.step())
-        return SampleEnd(self.state.step, text)
+            texts = [output.text for outputs in iter(engine.step, []) for output in outputs]
+        return events.SampleEnd(self.state.step, "".join(texts))
 
-    def save(self) -> Iterator[Event]:
+    def save(self) -> Iterator[events.Event]:
         """Save the training state; before the first evaluation, also the model.
 
         Evaluations save the best model. Until the first one, this lets others sample the run.
         """
-        yield SaveStart(self.state.step)
+        yield events.SaveStart(self.state.step)
         yield from self.checkpointer.wait_for_pending_save()
         if self.state.best is None:
             self.checkpointer.save_model(self.summary(None))
         yield from self.checkpointer.save_state(self.state)
 
-    def finish(self) -> TrainEnd:
+    def finish(self) -> events.TrainEnd:
         """Evaluate the best model on the full validation split, and add the result to its file."""
         state, baselines = self.state, self.data.metadata["baselines"]
-        best = self.checkpointer.load_best_model()  # also into self.model
+        best = checkpoint.load_best_weights(self.run_dir, self.model, self.dist)
         if state.val_tokens is None and "val_loss_sum" in best:
             # Evaluations during the run covered the full split.
-            loss = EvalLoss(
-                best["val_loss_sum"],
-                best["val_tokens"],
-                best["val_bytes"],
-                best.get("val_words", 0),
-            )
+            names = ("loss_sum", "tokens", "bytes", "words")
+            loss = EvalLoss(*(best[f"val_{name}"] for name in names))
         else:
             loss = self.validation_loss(None)
         diagnosis = diagnose(
@@ -387,7 +363,7 @@ class Trainer:
         )
         final = {"step": best["step"], "diagnosis": diagnosis.asdict(), "finished": state.step}
         self.checkpointer.save_model(best | self.summary(loss) | final)
-        return TrainEnd(
+        return events.TrainEnd(
             step=state.step,
             best_step=best["step"],
             loss=loss,
@@ -401,10 +377,11 @@ class Trainer:
     def summary(self, loss: EvalLoss | None) -> dict[str, Any]:
         """Summarize the training for the model file; `loss` is None before any evaluation."""
         state, metadata = self.state, self.data.metadata
+        baselines = metadata["baselines"]
         summary = {
             "step": state.step,
             "data_fingerprint": metadata["fingerprint"],
-            "baselines": metadata["baselines"],
+            "baselines": baselines,
             "unseen_token_ranges": metadata["unseen_token_ranges"],
             "machine": str(self.machine),
         }
@@ -412,10 +389,7 @@ class Trainer:
             return summary
         minutes = self.settings.minutes and self.settings.minutes * self.budget.progress(0.0)
         diagnosis = diagnose(
-            state.history,
-            metadata["baselines"],
-            minutes=minutes,
-            initial_loss=state.initial_val_loss,
+            state.history, baselines, minutes=minutes, initial_loss=state.initial_val_loss
         )
         return summary | {
             "val_loss": loss.loss,
@@ -430,10 +404,8 @@ class Trainer:
     def _divergence_error(self, problem: str) -> UserError:
         self.checkpointer.wait_for_pending_save()
         settings = self.settings
-        saved_step = self.checkpointer.latest_step()
-        saved = (
-            f"Step {saved_step:,} is saved in {self.run_dir}" if saved_step else "Nothing is saved"
-        )
+        step = checkpoint.latest_step(self.run_dir)
+        saved = f"Step {step:,} is saved in {self.run_dir}" if step else "Nothing is saved"
         lower = {"learning_rate": float(f"{settings.learning_rate / 10:.2g}")}
         if settings.optimizer == "muon":
             lower["muon_learning_rate"] = float(f"{settings.muon_learning_rate / 10:.2g}")
