@@ -335,7 +335,7 @@ def serve(
     if pool.single_model is not None:  # compiling its decoder may take half a minute
         print(f"Model    loading {pool.single_model}", flush=True)
     needs_key = server.api_key is not None
-    run(pool, model, on_ready=lambda url: _show_server(url, pool.names, needs_key))
+    run(pool, on_ready=lambda url: _show_server(url, list(pool.files()), needs_key))
 
 
 @app.command

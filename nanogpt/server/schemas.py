@@ -30,7 +30,7 @@ TokenIds = Annotated[
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class _StrictModel(BaseModel):
+class StrictModel(BaseModel):
     """A schema without type conversion or unknown fields, in which null means the default."""
 
     model_config = ConfigDict(
@@ -45,7 +45,7 @@ class _StrictModel(BaseModel):
         return {name: value for name, value in data.items() if value is not None}
 
 
-class StreamOptions(_StrictModel):
+class StreamOptions(StrictModel):
     """Options for streaming responses."""
 
     include_usage: bool = False
@@ -54,7 +54,7 @@ class StreamOptions(_StrictModel):
     """Accepted and ignored."""
 
 
-class CompletionRequest(_StrictModel):
+class CompletionRequest(StrictModel):
     """The body of a completion request. A value of null means the default."""
 
     model: Annotated[str, Field(max_length=256)]
@@ -127,16 +127,9 @@ class CompletionRequest(_StrictModel):
                 message = f"logit_bias: no such token: {token[:40]!r} (limit {vocab_size - 1})."
                 raise ApiError(400, message, "logit_bias")
             bias[int(token)] = value
-        return SamplingConfig(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            logit_bias=bias,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
-        )
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        settings = self.model_dump(include=set(SamplingConfig.model_fields))
+        return SamplingConfig(**settings | {"logit_bias": bias, "stop": stop})
 
 
 class ApiError(HTTPException):
@@ -164,10 +157,8 @@ class ApiError(HTTPException):
 
     def content(self) -> dict[str, Any]:
         """Return the error object of the API."""
-        if self.status_code >= 500:
-            error_type = "server_error"
-        else:
-            error_type = ERROR_TYPES.get(self.status_code, "invalid_request_error")
+        default_type = "server_error" if self.status_code >= 500 else "invalid_request_error"
+        error_type = ERROR_TYPES.get(self.status_code, default_type)
         error = {"message": self.detail, "type": error_type, "param": self.param, "code": self.code}
         return {"error": error}
 
@@ -196,6 +187,11 @@ def internal_error(error: Exception) -> ApiError:
     return ApiError(500, message, code="server_error")
 
 
+def invalid_value(param: str, problem: str, code: str = "invalid_value") -> ApiError:
+    """Return the error response for a request field with an invalid value."""
+    return ApiError(400, f"{param}: {problem}", param, code)
+
+
 def validation_error(problems: Sequence[Any]) -> ApiError:
     """Return the error response for the first invalid field of a request."""
     loc = problems[0]["loc"]
@@ -208,4 +204,4 @@ def validation_error(problems: Sequence[Any]) -> ApiError:
         return ApiError(400, message, param[:80], "unknown_parameter")
     field_problems = [problem for problem in problems if problem["loc"][:2] == loc[:2]]
     messages = dict.fromkeys(problem["msg"].lower() for problem in field_problems)
-    return ApiError(400, f"{param}: {'; or '.join(messages)}.", param, "invalid_value")
+    return invalid_value(param, f"{'; or '.join(messages)}.")

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from nanogpt.config import ServeConfig
 from nanogpt.server.metrics import Metrics
 from nanogpt.server.schemas import ApiError
 
@@ -33,20 +34,17 @@ class SecurityMiddleware:
 
     Args:
         app: The wrapped application.
-        loopback: Accept only this machine's own names in the Host header. This stops DNS
-            rebinding, where a foreign page gives its own name this server's address.
-        api_key: The key that requests must carry, if any.
-        timeout: Seconds that an API request may take.
+        config: Settings of the server.
         metrics: Receives the count of requests.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, loopback: bool, api_key: str | None, timeout: float, metrics: Metrics
-    ):
+    def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics):
         self.app = app
-        self.loopback = loopback
-        self.api_key = api_key
-        self.timeout = timeout
+        # Only this machine's own names are then accepted in the Host header. This stops DNS
+        # rebinding, where a foreign page gives its own name this server's address.
+        self.loopback = is_loopback(config.host)
+        self.api_key = config.api_key
+        self.timeout = config.timeout
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
