@@ -98,13 +98,9 @@ async def events(request: Request) -> Response:
         idle_seconds = 0.0
         while not state.stopping.is_set():
             current = await asyncio.to_thread(run_reader.fingerprint, state.models.path)
-            if current != seen:
-                seen = current
-                idle_seconds = 0.0
-                yield "data: changed\n\n"
-            elif idle_seconds >= KEEPALIVE_SECONDS:
-                idle_seconds = 0.0
-                yield ": keep-alive\n\n"
+            if current != seen or idle_seconds >= KEEPALIVE_SECONDS:
+                yield "data: changed\n\n" if current != seen else ": keep-alive\n\n"
+                seen, idle_seconds = current, 0.0
             idle_seconds += POLL_SECONDS
             with suppress(TimeoutError):
                 await asyncio.wait_for(state.stopping.wait(), POLL_SECONDS)

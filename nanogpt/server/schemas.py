@@ -23,10 +23,12 @@ MAX_WORK = 500_000
 
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
+PROMPTS = Field(min_length=1, max_length=MAX_SEQUENCES, fail_fast=True)
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0)]],
     Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True),
 ]
+LogitBias = Annotated[float, Field(ge=-100, le=100)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -59,12 +61,7 @@ class CompletionRequest(StrictModel):
 
     model: Annotated[str, Field(max_length=256)]
     """Name of a model, as listed by /v1/models."""
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_SEQUENCES, fail_fast=True)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_SEQUENCES, fail_fast=True)]
-    ) = ""
+    prompt: str | Annotated[list[str], PROMPTS] | TokenIds | Annotated[list[TokenIds], PROMPTS] = ""
     """Text, token ids, or a list of either. An empty prompt starts a new text."""
     max_tokens: Annotated[int, Field(ge=0, le=MAX_WORK)] = 16
     """Maximum generated tokens per sequence."""
@@ -82,13 +79,9 @@ class CompletionRequest(StrictModel):
     """Sequences per prompt, with consecutive seeds."""
     seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
     """Seed of the random numbers. [default: a new one for each request]"""
-    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] = Field(
-        [], validate_default=False
-    )
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] = []
     """Strings that end the text; they are not part of it."""
-    logit_bias: Annotated[
-        dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)
-    ] = {}
+    logit_bias: Annotated[dict[str, LogitBias], Field(max_length=1024)] = {}
     """Values added to the logits, by token id."""
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     """Return log-probabilities, with this number of most probable alternatives per token."""

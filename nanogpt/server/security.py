@@ -43,8 +43,7 @@ class SecurityMiddleware:
         # Only this machine's own names are then accepted in the Host header. This stops DNS
         # rebinding, where a foreign page gives its own name this server's address.
         self.loopback = is_loopback(config.host)
-        self.api_key = config.api_key
-        self.timeout = config.timeout
+        self.config = config
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,7 +61,9 @@ class SecurityMiddleware:
         is_api = scope["path"].startswith("/v1/")
         try:
             self._check(scope, Headers(scope=scope))
-            async with asyncio.timeout(self.timeout + CLIENT_GRACE_SECONDS if is_api else None):
+            async with asyncio.timeout(
+                self.config.timeout + CLIENT_GRACE_SECONDS if is_api else None
+            ):
                 await self.app(scope, _limit_body(receive), send_counted)
         except (ApiError, TimeoutError) as error:
             # After the headers were sent, the status can no longer change.
@@ -85,7 +86,7 @@ class SecurityMiddleware:
         if not is_read and origin is not None and origin.lower().partition("://")[2] != host:
             message = f"Requests from pages of {origin[:80]!r} are not allowed."
             raise ApiError(403, message, code="wrong_origin")
-        is_public = self.api_key is None or scope["path"] in PUBLIC_PATHS
+        is_public = self.config.api_key is None or scope["path"] in PUBLIC_PATHS
         if not is_public and not self._is_authorized(headers.get("authorization", "")):
             message = "Missing or wrong API key. Send the header Authorization: Bearer KEY."
             # Browsers then ask the user for the key as a password.
@@ -97,7 +98,7 @@ class SecurityMiddleware:
 
     def _is_authorized(self, authorization: str) -> bool:
         """Check the API key in a header: a bearer token, or a browser's password."""
-        assert self.api_key is not None
+        assert self.config.api_key is not None
         scheme, _, key = authorization.partition(" ")
         if scheme.lower() == "basic":
             try:
@@ -106,7 +107,7 @@ class SecurityMiddleware:
                 return False
         elif scheme.lower() != "bearer":
             return False
-        return hmac.compare_digest(key.strip().encode(), self.api_key.encode())
+        return hmac.compare_digest(key.strip().encode(), self.config.api_key.encode())
 
 
 def _hostname(host: str) -> str:
