@@ -52,24 +52,23 @@ class Choice:
         index: Index in the response.
         prompt: The prompt that it continues.
         tokenizer: The model's tokenizer.
-        echo: Start the text with the prompt.
-        logprobs: Number of alternatives per token, or None for no log-probabilities.
+        request: The request that it belongs to.
     """
 
     def __init__(
-        self, index: int, prompt: Prompt, tokenizer: Tokenizer, echo: bool, logprobs: int | None
+        self, index: int, prompt: Prompt, tokenizer: Tokenizer, request: CompletionRequest
     ):
         self.index = index
         self.num_tokens = 0
         self.finish_reason: str | None = None
         self._tokenizer = tokenizer
-        self._logprobs = logprobs
-        self._pending_text = prompt.text if echo else ""
+        self._logprobs = request.logprobs
+        self._pending_text = prompt.text if request.echo else ""
         # Characters of prompt and generated text.
         self._text_length = len(prompt.text)
         # Decodes the bytes of the tokens, to find the character at which each token starts.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._decoded_length = 0 if echo else len(prompt.text)
+        self._decoded_length = 0 if request.echo else len(prompt.text)
         # Tokens not yet returned, with the offsets of their first characters.
         self._pending_tokens: list[tuple[TokenLogprobs, int]] = []
         for token in prompt.logprobs:
@@ -146,11 +145,8 @@ class Completion:
 
     def __init__(self, request: CompletionRequest, prompts: Sequence[Prompt], tokenizer: Tokenizer):
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
-        repeated_prompts = [prompt for prompt in prompts for _ in range(request.n)]
-        self.choices = [
-            Choice(index, prompt, tokenizer, request.echo, request.logprobs)
-            for index, prompt in enumerate(repeated_prompts)
-        ]
+        repeated = [prompt for prompt in prompts for _ in range(request.n)]
+        self.choices = [Choice(i, prompt, tokenizer, request) for i, prompt in enumerate(repeated)]
         self._include_usage = request.stream_options.include_usage
         self._metadata = {
             "id": f"cmpl-{secrets.token_hex(12)}",

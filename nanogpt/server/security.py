@@ -86,8 +86,8 @@ class SecurityMiddleware:
         if not is_read and origin is not None and origin.lower().partition("://")[2] != host:
             message = f"Requests from pages of {origin[:80]!r} are not allowed."
             raise ApiError(403, message, code="wrong_origin")
-        is_public = self.config.api_key is None or scope["path"] in PUBLIC_PATHS
-        if not is_public and not self._is_authorized(headers.get("authorization", "")):
+        key = None if scope["path"] in PUBLIC_PATHS else self.config.api_key
+        if key is not None and not _is_authorized(headers.get("authorization", ""), key):
             message = "Missing or wrong API key. Send the header Authorization: Bearer KEY."
             # Browsers then ask the user for the key as a password.
             challenge = {"WWW-Authenticate": 'Basic realm="nanogpt", charset="UTF-8"'}
@@ -96,18 +96,18 @@ class SecurityMiddleware:
         if length.isdigit() and int(length) > MAX_BODY_BYTES:
             raise _body_too_large()
 
-    def _is_authorized(self, authorization: str) -> bool:
-        """Check the API key in a header: a bearer token, or a browser's password."""
-        assert self.config.api_key is not None
-        scheme, _, key = authorization.partition(" ")
-        if scheme.lower() == "basic":
-            try:
-                key = base64.b64decode(key, validate=True).decode().partition(":")[2]
-            except (binascii.Error, UnicodeDecodeError):
-                return False
-        elif scheme.lower() != "bearer":
+
+def _is_authorized(authorization: str, api_key: str) -> bool:
+    """Check the API key in a header: a bearer token, or a browser's password."""
+    scheme, _, key = authorization.partition(" ")
+    if scheme.lower() == "basic":
+        try:
+            key = base64.b64decode(key, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
             return False
-        return hmac.compare_digest(key.strip().encode(), self.config.api_key.encode())
+    elif scheme.lower() != "bearer":
+        return False
+    return hmac.compare_digest(key.strip().encode(), api_key.encode())
 
 
 def _hostname(host: str) -> str:
