@@ -29,10 +29,7 @@ STOP_MESSAGE = b"\nStopping after this step, then saving. Press again to stop wi
 
 
 class PlainConsole(Console):
-    """A console that prints text unchanged, and goes silent when its reader exits.
-
-    The reader exits early in `nanogpt train ... | head`.
-    """
+    """A console that prints text unchanged, and goes silent when a reader such as `head` exits."""
 
     def __init__(self, file: TextIO | None = None):
         super().__init__(file=file, highlight=False, markup=False, emoji=False, soft_wrap=True)
