@@ -90,7 +90,7 @@ def site(trained):
     models = ModelPool(
         trained.runs, ServeConfig(port=0, max_batch_size=4), DeviceConfig(dtype="float32")
     )
-    app = create_app(models, trained.runs)
+    app = create_app(models)
     server = Server(uvicorn.Config(app, log_level="warning"), app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()

@@ -206,7 +206,7 @@ def test_timeout_ends_sequences_early(open_server):
         assert 0 < response["usage"]["completion_tokens"] < MANY_TOKENS
         with ThreadPoolExecutor(1) as thread:
             first = thread.submit(complete, client, "a", max_tokens=MANY_TOKENS)
-            while not models.engines[0].in_flight:
+            while not models.engines["a"].in_flight:
                 time.sleep(0.01)
             second = complete(client, "a", max_tokens=4, n=1)
             assert first.result().status_code == 200
@@ -242,7 +242,7 @@ def test_pool_reloads_changed_model(open_server, tmp_path):
     with open_server(run) as (client, models):
         options = {"prompt": "the ", "seed": 1, "max_tokens": 16, "temperature": 1.0}
         first = complete(client, "run", **options).json()["choices"][0]["text"]
-        assert models.names == ["run"]
+        assert list(models.files()) == ["run"]
         make_run(run, 1)
         expected = "".join(api.load(run, **DEVICE.model_dump()).stream(**options))
         second = complete(client, "run", **options).json()["choices"][0]["text"]
@@ -267,7 +267,7 @@ def test_pool_ignores_links_out_of_the_folder(runs, tmp_path):
     (served / "outside").symlink_to(runs / "a")
     (served / "file").mkdir()
     (served / "file" / "model.safetensors").symlink_to(runs / "b" / "model.safetensors")
-    assert ModelPool(served).names == ["also", "own"]
+    assert list(ModelPool(served).files()) == ["also", "own"]
 
 
 def test_pool_evicts_least_recently_used(open_server, tmp_path, monkeypatch):
@@ -277,7 +277,7 @@ def test_pool_evicts_least_recently_used(open_server, tmp_path, monkeypatch):
     with open_server(tmp_path) as (client, models):
         for name in "abac":
             assert complete(client, name, max_tokens=1).status_code == 200
-        assert [engine.name for engine in models.engines] == ["a", "c"]
+        assert list(models.engines) == ["a", "c"]
 
 
 def test_pool_eviction_loses_no_request(open_server, monkeypatch):
@@ -300,7 +300,7 @@ def test_engine_recovers_from_failure(open_server, monkeypatch, method, stream):
             response = complete(client, "a", **options, stream=stream)
         assert response.status_code == 500
         assert response.json()["error"]["type"] == "server_error"
-        assert models.engines[0].in_flight == 0
+        assert models.engines["a"].in_flight == 0
         assert complete(client, "a", **options).json()["choices"] == expected
 
 
@@ -311,7 +311,7 @@ def test_engine_delivers_tokens_in_batches(runs):
         models = ModelPool(runs, ServeConfig(), DEVICE)
         engine = await models.get_engine("a")
         request = Model.make_request(engine.model, "the ", seed=1, max_tokens=400)
-        job = engine.submit([request], True, 60)
+        job = engine.submit([request], True)
         sizes = [len(outputs) async for outputs in job.stream()]
         await models.close()
         return sizes

@@ -84,8 +84,8 @@ def test_names_are_verbatim_and_quoted_in_commands(terminal, screen):
 
 
 def test_samples_cannot_control_the_terminal(terminal, screen):
-    terminal(SampleEnd(1, "a\x1b]0;title\x07b [red]c\r\n"))
-    assert "a\u241b]0;title\u2407b [red]c\u240d" in screen.getvalue()
+    terminal(SampleEnd(1, "a\x1b]0;title\x07b [red]c :cat:\r\n"))
+    assert "a\u241b]0;title\u2407b [red]c :cat:\u240d" in screen.getvalue()
 
 
 def test_baseline_table_is_sorted_by_loss(capsys):

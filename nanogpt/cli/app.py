@@ -18,12 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from nanogpt import __version__
-from nanogpt.cli.args import (
-    default_run_name,
-    read_prompt_file,
-    read_text_argument,
-    restore_sigpipe,
-)
+from nanogpt.cli import args
 from nanogpt.config import Config, DataConfig, DeviceConfig, SamplingConfig, ServeConfig, flatten
 from nanogpt.errors import UserError
 
@@ -35,6 +30,7 @@ DeviceSettings = Annotated[DeviceConfig, Parameter(name="*", group="Device")]
 DataSettings = Annotated[DataConfig, Parameter(name="*", group="Data")]
 SamplingSettings = Annotated[SamplingConfig, Parameter(name="*", group="Sampling")]
 ServerSettings = Annotated[ServeConfig, Parameter(name="*", group="Server")]
+PlanTargetFlags = Annotated[args.PlanTarget, Parameter(name="*")]
 Flag = Annotated[bool, Parameter(negative="")]
 JsonFlag = Annotated[bool, Parameter(name="--json", negative="")]
 OpenFlag = Annotated[bool, Parameter(name="--open", negative="")]
@@ -87,20 +83,21 @@ def train(
     started_at = time.monotonic()
     from nanogpt.api import train as run_training
     from nanogpt.render.terminal import Terminal
-    from nanogpt.training.events import Event, TrainStart
+    from nanogpt.training import events
 
     if out is None and not text:
         raise UserError(
             "No text to train on.", "nanogpt train TEXT, or nanogpt train --resume --out RUN."
         )
-    run = out or Path("runs") / default_run_name(text[0])
+    run = out or Path("runs") / args.default_run_name(text[0])
     terminal = Terminal()
     with ExitStack() as stack:
         stack.callback(terminal.close)
 
-        def on_event(event: Event) -> None:
+        def on_event(event: events.Event) -> None:
             terminal(event)
-            if open_page and isinstance(event, TrainStart):  # the run folder exists from here on
+            # The run folder exists from this event on.
+            if open_page and isinstance(event, events.TrainStart):
                 from nanogpt.server.background_dashboard import dashboard_process
 
                 stack.enter_context(
@@ -162,13 +159,13 @@ def sample(
     if prompt is not None and prompt_file is not None:
         raise UserError("Both --prompt and --prompt-file were given.", "Leave one of them out.")
     if prompt_file is not None:
-        prompt = read_prompt_file(prompt_file, encoding)
+        prompt = args.read_prompt_file(prompt_file, encoding)
     loaded = api.load(model, **device.model_dump(exclude_unset=True))
     if loaded.startup_notice and sys.stderr.isatty():
         print(f"nanogpt: {loaded.startup_notice}", file=sys.stderr)
     if prompt is None and not as_json and sys.stdin.isatty() and sys.stdout.isatty():
         return interactive.chat_loop(loaded, num_samples, seed, error_on_unknown, sampling)
-    restore_sigpipe()
+    args.restore_sigpipe()
     first_seed = api.new_seed() if seed is None else seed
     if seed is None and not as_json:
         print(f"seed {first_seed}; repeat with --seed {first_seed}", file=sys.stderr)
@@ -206,7 +203,7 @@ def evaluate(
     from nanogpt import api
     from nanogpt.render import terminal
 
-    restore_sigpipe()
+    args.restore_sigpipe()
     loaded = api.load(model, **device.model_dump(exclude_unset=True))
     result = loaded.evaluate(
         *text,
@@ -273,30 +270,18 @@ def inspect(
         html: Also write the view to this self-contained HTML file.
         device: The device settings.
     """
-    from rich.console import Console
-
     from nanogpt import api
     from nanogpt.files import write_text
     from nanogpt.formatting import sanitize
-    from nanogpt.render import inspection_html, inspection_terminal
+    from nanogpt.render import inspection_html, inspection_terminal, terminal
 
-    flags = {
-        "surprisal": surprisal,
-        "attention": attention,
-        "neurons": neurons,
-        "memorization": memorization,
-    }
-    views = [name for name, is_set in flags.items() if is_set] or ["surprisal"]
-    if len(views) > 1:
-        raise UserError(
-            f"More than one view: {', '.join(f'--{name}' for name in views)} (limit 1).",
-            "Ask for one at a time.",
-        )
+    view = args.select_view(
+        surprisal=surprisal, attention=attention, neurons=neurons, memorization=memorization
+    )
     if (layer is not None or neuron is not None) and not neurons:
         raise UserError("--layer and --neuron select a neuron.", "Use them with --neurons.")
-    view = views[0]
     loaded = api.load(model, **device.model_dump(exclude_unset=True))
-    inspector = loaded.inspect(read_text_argument(file, text, encoding))
+    inspector = loaded.inspect(args.read_text_argument(file, text, encoding))
     if neurons:
         result = inspector.neurons(layer or 0, neuron, n_excerpts=5)
     else:
@@ -304,13 +289,12 @@ def inspect(
     if html is not None:
         fragment = getattr(inspection_html, view)(result)
         write_text(html, inspection_html.page(f"{view.capitalize()}: {model}", fragment))
-    restore_sigpipe()
+    args.restore_sigpipe()
     if as_json:
         print(json.dumps(result.asdict(), ensure_ascii=False))
         return
     clean = sanitize if sys.stdout.isatty() else str
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    console.print(getattr(inspection_terminal, view)(result, clean))
+    terminal.PlainConsole().print(getattr(inspection_terminal, view)(result, clean))
 
 
 @app.command
@@ -335,7 +319,7 @@ def serve(
     if pool.single_model is not None:  # compiling its decoder may take half a minute
         print(f"Model    loading {pool.single_model}", flush=True)
     needs_key = server.api_key is not None
-    run(pool, model, on_ready=lambda url: _show_server(url, pool.names, needs_key))
+    run(pool, on_ready=lambda url: _show_server(url, list(pool.files()), needs_key))
 
 
 @app.command
@@ -354,7 +338,7 @@ def compare(*run: Path, as_json: JsonFlag = False, plot: Path | None = None) -> 
     result = compare.compare(run)
     if plot is not None:
         write_text(plot, comparison.plot(result))
-    restore_sigpipe()
+    args.restore_sigpipe()
     if as_json:
         print(json.dumps(result.asdict()))
     else:
@@ -391,36 +375,28 @@ def prepare(
     if not text:
         raise UserError("No text to prepare.", "nanogpt prepare TEXT --out FOLDER.")
     result = prepare_folder(text, settings, out, (int(part[1]), int(part[2])))
-    if isinstance(result, list):
-        if as_json:
-            print(json.dumps({"missing_units": result}))
-            return
+    if as_json:
+        content = {"missing_units": result} if isinstance(result, list) else result.metadata
+        print(json.dumps(content))
+    elif isinstance(result, list):
         units = "unit of another part is" if len(result) == 1 else "units of other parts are"
         print(f"This part is complete. {len(result):,} {units} still missing in {out}.")
-        return
-    data = result.metadata
-    if as_json:
-        print(json.dumps(data))
-        return
-    num_bytes = data["train_bytes"] + data["val_bytes"]
-    print(
-        f"{num_bytes:,} bytes in {data['num_documents']:,} documents: "
-        f"{data['train_tokens']:,} training tokens, {data['val_tokens']:,} validation tokens; "
-        f"{data['split_description']}."
-    )
-    print(f"Train on it: nanogpt train {shlex.quote(str(out))}")
+    else:
+        data = result.metadata
+        num_bytes = data["train_bytes"] + data["val_bytes"]
+        print(
+            f"{num_bytes:,} bytes in {data['num_documents']:,} documents: "
+            f"{data['train_tokens']:,} training tokens, {data['val_tokens']:,} validation tokens; "
+            f"{data['split_description']}."
+        )
+        print(f"Train on it: nanogpt train {shlex.quote(str(out))}")
 
 
 @app.command
 def plan(
     *,
     preset: str | None = None,
-    text_bytes: int | None = None,
-    gpu: str | None = None,
-    gpus_per_node: int = 1,
-    nodes: int = 1,
-    network: float | None = None,
-    price: float | None = None,
+    target: PlanTargetFlags = args.PlanTarget(),
     as_json: JsonFlag = False,
     settings: Settings = Config(),
 ) -> None:
@@ -430,19 +406,13 @@ def plan(
 
     Args:
         preset: A named configuration, as for train.
-        text_bytes: Size of the text, for its preparation time and the number of epochs.
-        gpu: A GPU by name, such as H100 or RTX 4090. [default: this machine]
-        gpus_per_node: GPUs per machine.
-        nodes: Number of machines.
-        network: Network bandwidth of each machine, in Gbit/s. [default: the GPU's usual, or 100]
-        price: Price per GPU-hour, in any currency.
+        target: The text and the machines.
         as_json: Print one JSON object.
         settings: The settings of the run.
     """
-    from nanogpt.cli.plan_command import PlanTarget, make_plan
+    from nanogpt.cli.plan_command import make_plan
     from nanogpt.render.plan_table import table
 
-    target = PlanTarget(text_bytes, gpu, gpus_per_node, nodes, network, price)
     result = make_plan(settings, preset, target)
     print(json.dumps(result.asdict()) if as_json else table(result))
 

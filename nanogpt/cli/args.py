@@ -2,6 +2,7 @@
 
 import re
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt.config import Config
@@ -20,6 +21,27 @@ FLAGS = {
     "--neurons",
     "--memorization",
 }
+
+
+@dataclass(frozen=True)
+class PlanTarget:
+    """The text and the machines of a plan.
+
+    Attributes:
+        text_bytes: Size of the text, for its preparation time and the number of epochs.
+        gpu: A GPU by name, such as H100 or RTX 4090. [default: this machine]
+        gpus_per_node: GPUs per machine.
+        nodes: Number of machines.
+        network: Network bandwidth of each machine, in Gbit/s. [default: the GPU's usual, or 100]
+        price: Price per GPU-hour, in any currency.
+    """
+
+    text_bytes: int | None = None
+    gpu: str | None = None
+    gpus_per_node: int = 1
+    nodes: int = 1
+    network: float | None = None
+    price: float | None = None
 
 
 def move_stdin_dash_last(argv: list[str]) -> list[str]:
@@ -81,6 +103,15 @@ def read_text_argument(file: str | None, text: str | None, encoding: str | None)
     except UserError as error:
         raise UserError(str(error), 'To inspect the words themselves, use --text "...".') from error
     return "".join(chunk for source in sources for chunk in source.iter_text())
+
+
+def select_view(**flags: bool) -> str:
+    """Return the one view of `nanogpt inspect` that was asked for; surprisal by default."""
+    views = [name for name, is_set in flags.items() if is_set] or ["surprisal"]
+    if len(views) > 1:
+        listed = ", ".join(f"--{name}" for name in views)
+        raise UserError(f"More than one view: {listed} (limit 1).", "Ask for one at a time.")
+    return views[0]
 
 
 def default_run_name(text: str) -> str:

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from nanogpt.api import Model, new_seed
@@ -33,8 +34,7 @@ def make_requests(
     first = model.make_request(
         prompt, seed=seed, error_on_unknown=error_on_unknown, **settings.model_dump()
     )
-    rest = [Request(first.prompt, settings, seed + i) for i in range(1, num_samples)]
-    return [first, *rest]
+    return [replace(first, seed=seed + i) for i in range(num_samples)]
 
 
 def stream_to_stdout(model: Model, prompt: str, requests: Sequence[Request]) -> None:
@@ -98,14 +98,8 @@ def chat_loop(
 
     def answer(prompt: str) -> None:
         first_seed = new_seed() if settings["seed"] is None else settings["seed"]
-        requests = make_requests(
-            model,
-            prompt or None,
-            settings["num_samples"],
-            first_seed,
-            error_on_unknown,
-            _to_sampling_config(settings),
-        )
+        config, n = _to_sampling_config(settings), settings["num_samples"]
+        requests = make_requests(model, prompt or None, n, first_seed, error_on_unknown, config)
         try:
             stream_to_stdout(model, prompt, requests)
         except KeyboardInterrupt:

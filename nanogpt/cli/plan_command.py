@@ -1,8 +1,9 @@
 """The plan behind `nanogpt plan`, for this machine or for GPUs by name."""
 
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
+from nanogpt.cli.args import PlanTarget
 from nanogpt.config import Config, flatten, is_path, resolve
 from nanogpt.errors import UserError
 from nanogpt.gpu_specs import DEFAULT_NETWORK_BANDWIDTH, Cluster, make_cluster
@@ -15,47 +16,15 @@ DEFAULT_TEXT_BYTES = 10**6
 DEFAULT_NUM_CHARS = 65  # Tiny Shakespeare's
 
 
-@dataclass(frozen=True)
-class PlanTarget:
-    """The text and the machines of a plan.
-
-    Attributes:
-        text_bytes: Size of the text in bytes; None if unknown.
-        gpu: Name of a GPU; None for this machine.
-        gpus_per_node: GPUs per machine.
-        nodes: Number of machines.
-        network: Bandwidth of each machine in Gbit/s; None for the usual one.
-        price: Price per GPU-hour.
-    """
-
-    text_bytes: int | None
-    gpu: str | None
-    gpus_per_node: int
-    nodes: int
-    network: float | None
-    price: float | None
-
-    def check(self) -> None:
-        """Raise `UserError` for numbers that are not positive."""
-        numbers = {
-            "--text-bytes": self.text_bytes,
-            "--gpus-per-node": self.gpus_per_node,
-            "--nodes": self.nodes,
-            "--network": self.network,
-            "--price": self.price,
-        }
-        wrong = [
-            f"{name} {number:g}"
-            for name, number in numbers.items()
-            if number is not None and not number > 0
-        ]
-        if wrong:
-            raise UserError(f"Not a positive number: {', '.join(wrong)}.")
-
-
 def make_plan(settings: Config, preset: str | None, target: PlanTarget) -> Plan:
     """Plan a run with these settings. Raises `UserError` for impossible ones."""
-    target.check()
+    wrong = [
+        f"--{name.replace('_', '-')} {value:g}"
+        for name, value in asdict(target).items()
+        if isinstance(value, int | float) and not value > 0
+    ]
+    if wrong:
+        raise UserError(f"Not a positive number: {', '.join(wrong)}.")
     explicit = flatten(settings, explicit=True)
     overrides = preset_settings(preset, explicit.get("arch")) | explicit
     config = resolve(overrides, complete=False)

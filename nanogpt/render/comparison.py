@@ -24,6 +24,7 @@ RESULTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("nats per token", "val_loss", "{:.4f}".format),
     ("bits per byte", "bits_per_byte", "{:.4f}".format),
 )
+SEEDS_NOTE = "Columns of several seeds show means, and the standard deviation of bits per byte."
 # Curve colours in page.css; further groups repeat them.
 NUM_COLOURS = 8
 
@@ -51,13 +52,11 @@ def table(comparison: Comparison, width: int) -> str:
             lines.add_row(label, *(cells[i] for i in block))
         console.print(lines)
         console.print()
-    for note in _notes(comparison):
-        console.print(note, soft_wrap=True)
+    notes = _notes(comparison)
     if any(group.num_runs > 1 for group in comparison.groups):
-        console.print(
-            "Columns of several seeds show means, and the standard deviation of bits per byte.",
-            soft_wrap=True,
-        )
+        notes.append(SEEDS_NOTE)
+    for note in notes:
+        console.print(note, soft_wrap=True)
     return sanitize(output.getvalue())
 
 
@@ -83,16 +82,11 @@ def plot(comparison: Comparison) -> str:
     names = _display_names(comparison)
 
     def chart(description: str, field: str, x_name: str) -> Chart:
-        curves = [
-            Curve(
-                names[run.run],
-                colours[run.run],
-                [point[field] for point in run.evaluations],
-                [point["bits_per_byte"] for point in run.evaluations],
-                markers=True,
-            )
-            for run in shown
-        ]
+        curves = []
+        for run in shown:
+            x = [point[field] for point in run.evaluations]
+            y = [point["bits_per_byte"] for point in run.evaluations]
+            curves.append(Curve(names[run.run], colours[run.run], x, y, markers=True))
         x_max = max(max(curve.x) for curve in curves) or 1.0
         return Chart("Bits per byte", description, curves, x_max, x_name, large=True)
 
@@ -100,10 +94,8 @@ def plot(comparison: Comparison) -> str:
         chart("over seconds since the first step", "seconds", "second"),
         chart("over training tokens", "tokens", "token"),
     ]
-    notes = _notes(comparison)
-    return render_chart_page(
-        "comparison.html", charts, assets="", title="Comparison of runs", notes=notes
-    )
+    title, notes = "Comparison of runs", _notes(comparison)
+    return render_chart_page("comparison.html", charts, assets="", title=title, notes=notes)
 
 
 def _rows(comparison: Comparison) -> dict[str, list[str]]:

@@ -10,12 +10,7 @@ import numpy as np
 
 from nanogpt.inspection.inspector import Inspector
 from nanogpt.inspection.memorization import Memorization
-from nanogpt.inspection.results import (
-    AttentionWeights,
-    Embedding,
-    NeuronActivations,
-    Surprisal,
-)
+from nanogpt.inspection.results import AttentionWeights, Embedding, NeuronActivations, Surprisal
 from nanogpt.render.html import render, show_whitespace
 
 MAX_POINTS = 1500  # tokens shown of an embedding
@@ -56,15 +51,11 @@ def surprisal(result: Surprisal) -> str:
         probable = ", ".join(f"{name!r} {p:.1%}" for name, p in result.alternatives[i])
         title = f"{text!r}: {bits:.2f} bits. Most probable: {probable}"
         tokens.append(ShadedToken(text, bits / result.uniform_bits, title))
-    rows = [
-        [
-            f"{i:,}",
-            repr(result.token_texts[i]) if result.token_texts[i] else "part of a character",
-            f"{result.bits[i]:.2f}",
-            repr(result.alternatives[i][0][0]),
-        ]
-        for i in result.most_surprising
-    ]
+    rows = []
+    for i in result.most_surprising:
+        token = repr(result.token_texts[i]) if result.token_texts[i] else "part of a character"
+        most_probable, _ = result.alternatives[i][0]
+        rows.append([f"{i:,}", token, f"{result.bits[i]:.2f}", repr(most_probable)])
     return render("inspection/surprisal.html", result=result, tokens=tokens, rows=rows)
 
 
@@ -77,24 +68,14 @@ def attention(result: AttentionWeights) -> str:
 
 def neurons(result: NeuronActivations) -> str:
     """Return the text and excerpts of the validation split shaded by a neuron's activations."""
-    rows = [
-        [
-            f"{stats.neuron}",
-            f"{stats.std:.3f}",
-            "   ".join(_text_before(result.token_texts, i) for i in stats.top_positions),
-        ]
-        for stats in result.top_neurons
-    ]
-    return render(
-        "inspection/neurons.html",
-        result=result,
-        tokens=_shade_activations(result.token_texts, result.activations.tolist()),
-        rows=rows,
-        excerpts=[
-            _shade_activations(excerpt.token_texts, excerpt.activations)
-            for excerpt in result.excerpts
-        ],
-    )
+    tokens = _shade_activations(result.token_texts, result.activations.tolist())
+    excerpts = [_shade_activations(item.token_texts, item.activations) for item in result.excerpts]
+    rows = []
+    for stats in result.top_neurons:
+        contexts = [_text_before(result.token_texts, i) for i in stats.top_positions]
+        rows.append([f"{stats.neuron}", f"{stats.std:.3f}", "   ".join(contexts)])
+    template = "inspection/neurons.html"
+    return render(template, result=result, tokens=tokens, rows=rows, excerpts=excerpts)
 
 
 def embedding(result: Embedding) -> str:
@@ -102,14 +83,11 @@ def embedding(result: Embedding) -> str:
     coords = result.coords[:MAX_POINTS]
     low, high = coords.min(axis=0), coords.max(axis=0)
     scale = (PLOT_SIZE - 2 * PLOT_MARGIN) / np.where(high > low, high - low, 1)
+    positions = (PLOT_MARGIN + scale * (coords - low)).tolist()
+    tokens = zip(result.token_texts, result.token_ids, positions, strict=False)
     points = [
         {"x": x, "y": PLOT_SIZE - y, "text": text, "title": f"{text!r}, token {token_id}"}
-        for text, token_id, (x, y) in zip(
-            result.token_texts,
-            result.token_ids,
-            (PLOT_MARGIN + scale * (coords - low)).tolist(),
-            strict=False,
-        )
+        for text, token_id, (x, y) in tokens
     ]
     return render("inspection/embedding.html", result=result, points=points, size=PLOT_SIZE)
 
@@ -123,16 +101,12 @@ def memorization(result: Memorization) -> str:
         segments.append((result.text[passage.start : passage.end], True))
         stop = passage.end
     segments.append((result.text[stop:], False))
-    rows = [
-        [
-            f"{passage.num_bytes:,}",
-            passage.source or f"document {passage.document:,}",
-            f"{passage.line:,}",
-            f"…{passage.context_before}[…]{passage.context_after}…",
-            result.text[passage.start : passage.end],
-        ]
-        for passage in result.passages
-    ]
+    rows = []
+    for passage in result.passages:
+        document = passage.source or f"document {passage.document:,}"
+        context = f"…{passage.context_before}[…]{passage.context_after}…"
+        text = result.text[passage.start : passage.end]
+        rows.append([f"{passage.num_bytes:,}", document, f"{passage.line:,}", context, text])
     return render("inspection/memorization.html", result=result, segments=segments, rows=rows)
 
 

@@ -13,22 +13,10 @@ from nanogpt.inspection.memorization import Memorization
 from nanogpt.inspection.results import AttentionWeights, NeuronActivations, Surprisal
 from nanogpt.render.html import show_whitespace
 
-POSITIVE_SHADES = (
-    "",
-    "black on #ffe9b8",
-    "black on #ffcd85",
-    "black on #ff9f5c",
-    "white on #e4572e",
-    "white on #b01e1e",
-)  # in ascending order
-NEGATIVE_SHADES = (
-    "",
-    "black on #d6e6fb",
-    "black on #a9cdf7",
-    "black on #74aaf0",
-    "white on #3f7fd8",
-    "white on #1f55a8",
-)
+# Backgrounds in ascending order. Weaker shades have none.
+POSITIVE_COLOURS = ("#ffe9b8", "#ffcd85", "#ff9f5c", "#e4572e", "#b01e1e")
+NEGATIVE_COLOURS = ("#d6e6fb", "#a9cdf7", "#74aaf0", "#3f7fd8", "#1f55a8")
+FIRST_DARK_COLOUR = 4  # from here on, the text is white
 MAX_NEURONS = 10
 CONTEXT_TOKENS = 12  # tokens shown before a position
 MAX_PASSAGE_CHARS = 60  # of a passage in the table
@@ -46,13 +34,9 @@ def surprisal(result: Surprisal, sanitize: Sanitize) -> RenderableType:
     for i in result.most_surprising:
         probable = [f"{show_whitespace(name)} {p:.0%}" for name, p in result.alternatives[i][:4]]
         token = show_whitespace(result.token_texts[i]) or "part of a character"
-        table.add_row(
-            f"{i:,}",
-            sanitize(_text_before(result.token_texts, i)),
-            sanitize(token),
-            f"{result.bits[i]:.2f}",
-            sanitize("  ".join(probable)),
-        )
+        texts = (_text_before(result.token_texts, i), token, "  ".join(probable))
+        before, token, alternatives = map(sanitize, texts)
+        table.add_row(f"{i:,}", before, token, f"{result.bits[i]:.2f}", alternatives)
     totals = (
         f"{len(result.text):,} characters, {len(result.token_ids):,} tokens, "
         f"{result.total_bits:,.1f} bits: {result.bits_per_token:.3f} per token, "
@@ -66,14 +50,9 @@ def attention(result: AttentionWeights, sanitize: Sanitize) -> RenderableType:
     T = len(result.token_texts)
     table = _table("layer", "head", "mean distance", "self", "previous", "first")
     for head in result.heads:
-        table.add_row(
-            f"{head.layer}",
-            f"{head.head}",
-            f"{head.mean_distance:.1f}",
-            f"{head.self_weight:.0%}",
-            f"{head.prev_weight:.0%}",
-            f"{head.first_weight:.0%}",
-        )
+        weights = (head.self_weight, head.prev_weight, head.first_weight)
+        percents = (f"{weight:.0%}" for weight in weights)
+        table.add_row(f"{head.layer}", f"{head.head}", f"{head.mean_distance:.1f}", *percents)
     window = f"{T:,} tokens"
     if result.num_tokens > T:
         last = result.start + T - 1
@@ -104,12 +83,8 @@ def neurons(result: NeuronActivations, sanitize: Sanitize) -> RenderableType:
         table,
     ]
     if result.excerpts:
-        parts.append(
-            Text(
-                f"\nExcerpts of the validation split with the highest activations of neuron "
-                f"{result.neuron}:"
-            )
-        )
+        title = "Excerpts of the validation split with the highest activations of neuron"
+        parts.append(Text(f"\n{title} {result.neuron}:"))
     for excerpt in result.excerpts:
         texts = [sanitize(_one_line(text)) for text in excerpt.token_texts]
         parts.append(_shaded_activations(texts, excerpt.activations))
@@ -147,8 +122,10 @@ def _shaded_text(tokens: Iterable[tuple[str, float]]) -> Text:
     """Append tokens, each on the background of its shade from -1 to 1; line ends have none."""
     body = Text()
     for text, shade in tokens:
-        shades = POSITIVE_SHADES if shade > 0 else NEGATIVE_SHADES
-        body.append(text, shades[min(int(abs(shade) * len(shades)), len(shades) - 1)])
+        colours = POSITIVE_COLOURS if shade > 0 else NEGATIVE_COLOURS
+        level = min(int(abs(shade) * (len(colours) + 1)), len(colours))
+        text_colour = "white" if level >= FIRST_DARK_COLOUR else "black"
+        body.append(text, f"{text_colour} on {colours[level - 1]}" if level else "")
     return body
 
 

@@ -39,11 +39,10 @@ def _model_rows(plan: Plan) -> Iterator[tuple[str, str]]:
 def _time_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     cluster, step = plan.cluster, plan.step
     tokens = plan.steps * plan.tokens_per_step
-    yield (
-        "Compute",
-        f"{format_si(plan.flops_per_token)}FLOP per token, {plan.flops_per_token * tokens:.3g} "
-        f"FLOP for {tokens:,} tokens in {plan.steps:,} steps",
+    total = (
+        f"{plan.flops_per_token * tokens:.3g} FLOP for {tokens:,} tokens in {plan.steps:,} steps"
     )
+    yield "Compute", f"{format_si(plan.flops_per_token)}FLOP per token, {total}"
     if step.bytes_sent:
         sent = ", ".join(f"{format_si(size)}B {name}" for name, size in step.bytes_sent.items())
         yield "Communication", f"each device sends per step {sent}"
@@ -56,12 +55,9 @@ def _time_rows(plan: Plan) -> Iterator[tuple[str, str]]:
                 f"which sends {format_si(step.internode_bytes)}B"
             )
         yield "", " and ".join(limits)
-    peak = format_si(cluster.peak_flops * cluster.num_devices)
-    yield (
-        "Time",
-        f"{format_duration(plan.seconds)} on {cluster}, without evaluations: "
-        f"{format_sig(step.seconds)} s per step at {ASSUMED_MFU:.0%} of the peak of {peak}FLOP/s",
-    )
+    peak = f"the peak of {format_si(cluster.peak_flops * cluster.num_devices)}FLOP/s"
+    speed = f"{format_sig(step.seconds)} s per step at {ASSUMED_MFU:.0%} of {peak}"
+    yield "Time", f"{format_duration(plan.seconds)} on {cluster}, without evaluations: {speed}"
     if step.bytes_sent:
         yield (
             "",
@@ -76,12 +72,10 @@ def _time_rows(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _corpus_rows(corpus: CorpusCost) -> Iterator[tuple[str, str]]:
     plural = "s" if corpus.shards > 1 else ""
-    yield (
-        "Text",
-        f"{format_si(corpus.text_bytes)}B: {format_si(corpus.tokens)} tokens of "
-        f"{corpus.bytes_per_token:.2f} bytes, {corpus.shards:,} shard{plural} of "
-        f"{format_si(corpus.shard_bytes)}B, {format_si(corpus.disk_bytes)}B on disk",
-    )
+    tokens = f"{format_si(corpus.tokens)} tokens of {corpus.bytes_per_token:.2f} bytes"
+    shards = f"{corpus.shards:,} shard{plural} of {format_si(corpus.shard_bytes)}B"
+    disk = f"{format_si(corpus.disk_bytes)}B on disk"
+    yield "Text", f"{format_si(corpus.text_bytes)}B: {tokens}, {shards}, {disk}"
     each = f" on each of {corpus.machines} machines" if corpus.machines > 1 else ""
     yield (
         "",

@@ -21,7 +21,7 @@ from nanogpt import __version__
 from nanogpt.config import Config, Section
 from nanogpt.errors import Notice, UserError
 from nanogpt.files import write_text
-from nanogpt.formatting import format_duration
+from nanogpt.formatting import format_duration, format_flags
 from nanogpt.render.charts import Chart, Curve, downsample, render_chart_page
 from nanogpt.render.html import printable
 from nanogpt.run_folder import RunFolder
@@ -33,6 +33,8 @@ MAX_PASSAGES = 10
 # Fields of a training step that are drawn, and their names in a legend.
 CURVES = {"train_loss": "training", "learning_rate": "", "grad_norm": "", "tokens_per_second": ""}
 STEP_FIELDS = ("step", *CURVES, "tokens", "seconds", "progress")
+EVAL_FIELDS = ("step", "val_loss", "bits_per_byte")
+UNKNOWN_DIAGNOSIS = {"kind": "unknown", "summary": "Not evaluated yet."}
 T = TypeVar("T")
 
 
@@ -78,10 +80,7 @@ def report(run: Path) -> str:
     data = read_run(RunFolder(run))
     folder = shlex.quote(str(data.run))
     progress = f", {data.steps[-1]['progress']:.0%} complete" if data.steps else ""
-    diagnosis = data.summary.get("diagnosis") or {
-        "kind": "unknown",
-        "summary": "Not evaluated yet.",
-    }
+    diagnosis = data.summary.get("diagnosis") or UNKNOWN_DIAGNOSIS
     return render_chart_page(
         "report.html",
         _charts(data),
@@ -102,7 +101,7 @@ def report(run: Path) -> str:
         machine=_machine_properties(data),
         settings=_settings(data.config),
         commands=_commands(data),
-        steps_flag="" if data.config.training.minutes is None else f"--steps {data.step}",
+        steps_flag=format_flags({"steps": data.step}) if data.config.training.minutes else "",
         version=__version__,
     )
 
@@ -125,6 +124,8 @@ def read_run(run: RunFolder) -> ReportData:
     ]
     summary, num_parameters = _try_read(run.read_model_header) or ({}, 0)
     memorization = _try_read(run.read_memorization) or {}
+    if not memorization.keys() >= {"step", "text", "summary", "passages"}:
+        memorization = {}
     return ReportData(
         run=run.path,
         config=_try_read(run.read_config) or Config(),
@@ -132,15 +133,9 @@ def read_run(run: RunFolder) -> ReportData:
         summary=summary,
         num_parameters=num_parameters,
         steps=[record for record in records if _has_numbers(record, STEP_FIELDS)],
-        evaluations=[
-            record
-            for record in records
-            if _has_numbers(record, ("step", "val_loss", "bits_per_byte"))
-        ],
+        evaluations=[record for record in records if _has_numbers(record, EVAL_FIELDS)],
         samples=[samples[i] for i in _evenly_spaced(len(samples), MAX_SAMPLES)],
-        memorization=memorization
-        if memorization.keys() >= {"step", "text", "summary", "passages"}
-        else {},
+        memorization=memorization,
     )
 
 
@@ -364,10 +359,9 @@ def _format_setting(value: object) -> str:
 def _commands(data: ReportData) -> dict[str, str]:
     """Return the commands that repeat the run and use its model, by heading."""
     run = shlex.quote(str(data.run))
-    config = shlex.quote(str(RunFolder(data.run).config_path))
     sources = [_shell_path(source) for source in data.sources] or ["TEXT"]
-    train = f"nanogpt train {' '.join(sources)} --config {config}"
-    train += f" --out {shlex.quote(f'{data.run}-again')}"
+    flags = format_flags({"config": RunFolder(data.run).config_path, "out": f"{data.run}-again"})
+    train = f"nanogpt train {' '.join(sources)} {flags}"
     if init_from := data.data.get("init_from"):
         train += f" --init-from {_shell_path(str(init_from))}"
     if "-" in sources:

@@ -3,7 +3,6 @@
 import math
 import os
 import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,18 +19,7 @@ if TYPE_CHECKING:
 from nanogpt.diagnosis import Diagnosis
 from nanogpt.evaluate import EvalLoss, LossByPosition
 from nanogpt.formatting import format_duration, format_sig, sanitize
-from nanogpt.training.events import (
-    EvalEnd,
-    Event,
-    InitialEval,
-    Interrupted,
-    RankTimings,
-    SampleEnd,
-    StepEnd,
-    StopRequested,
-    TrainEnd,
-    TrainStart,
-)
+from nanogpt.training import events
 
 # Maximum time between two lines of output that is not a terminal.
 LINE_INTERVAL = 10.0
@@ -40,8 +28,11 @@ WARMUP_STEPS = 5
 STOP_MESSAGE = b"\nStopping after this step, then saving. Press again to stop without saving.\n"
 
 
-class PipeSafeConsole(Console):
-    """A console that goes silent when its reader exits, as in `nanogpt train ... | head`."""
+class PlainConsole(Console):
+    """A console that prints text unchanged, and goes silent when a reader such as `head` exits."""
+
+    def __init__(self, file: TextIO | None = None):
+        super().__init__(file=file, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def on_broken_pipe(self) -> None:
         """Discard further output instead of ending the process."""
@@ -59,9 +50,7 @@ class Terminal:
     """
 
     def __init__(self, file: TextIO | None = None):
-        self.console = PipeSafeConsole(
-            file=file or sys.stdout, highlight=False, markup=False, soft_wrap=True
-        )
+        self.console = PlainConsole(file)
         bar = [BarColumn(bar_width=20)] if self.console.width >= 110 else []
         self.progress_bar = Progress(
             *bar,
@@ -71,64 +60,54 @@ class Terminal:
             refresh_per_second=4,
         )
         self.task = self.progress_bar.add_task("", total=None)
-        self.run = ""
-        self.first_step = 0
-        self.num_steps: int | None = None
+        self.train_start: events.TrainStart
         self.bits_per_nat = math.nan
-        self.flops_per_token = 0.0
-        self.peak_flops = 1.0
         self.train_loss = math.nan
-        self.val_loss = math.nan
-        self.val_bits_per_byte = math.nan
+        self.last_eval: events.EvalEnd | None = None
         self.tokens_per_second = 0.0
         self.progress = 0.0
         self.first_progress = math.nan
         self.start_time = 0.0
         self.last_line_time = 0.0
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         """Print one event of a training run."""
         match event:
-            case TrainStart():
+            case events.TrainStart():
                 self.on_start(event)
-            case StopRequested():
+            case events.StopRequested():
                 # A direct write is safe inside a signal handler and appears at once.
                 os.write(2, STOP_MESSAGE)
-            case InitialEval():
+            case events.InitialEval():
                 loss = f"{event.val_loss:.4f} ({event.bits_per_byte:.4f})"
                 self.console.print(
                     f"Before step 1: {loss} on {event.val_tokens:,} validation tokens.\n"
                 )
-            case StepEnd():
+            case events.StepEnd():
                 self.on_step(event)
-            case EvalEnd():
-                self.val_loss = event.val_loss
-                self.val_bits_per_byte = event.bits_per_byte
+            case events.EvalEnd():
+                self.last_eval = event
                 self.print_line(event.step, "  best so far" if event.best else "")
-            case RankTimings() if event.comm_fraction is not None:
+            case events.RankTimings() if event.comm_fraction is not None:
                 self.console.print(
                     f"Gradient reduction over {len(event.seconds)} processes takes "
                     f"{event.comm_fraction:.0%} of the forward and backward pass."
                 )
-            case SampleEnd():
+            case events.SampleEnd():
                 self.console.print(sanitize(event.text) + "\n", style="dim")
-            case Interrupted():
+            case events.Interrupted():
                 self.close()
-                command = f"nanogpt train --resume --out {shlex.quote(self.run)}"
+                command = f"nanogpt train --resume --out {shlex.quote(self.train_start.run)}"
                 self.console.print(f"Saved at step {event.step:,}. Resume with: {command}")
-            case TrainEnd():
+            case events.TrainEnd():
                 self.close()
                 self.on_end(event)
 
-    def on_start(self, event: TrainStart) -> None:
+    def on_start(self, event: events.TrainStart) -> None:
         """Print the text, the model, the machine, the run folder and the recipe's choices."""
+        self.train_start = event
         text = event.data
-        self.run = event.run
-        self.first_step = event.step
-        self.num_steps = event.config.training.steps
         self.bits_per_nat = text["train_tokens"] / text["train_bytes"] / math.log(2)
-        self.flops_per_token = event.flops_per_token
-        self.peak_flops = event.peak_flops
         self.last_line_time = time.perf_counter()
         for name, value in _describe_run(event).items():
             self.console.print(f"{name:8}", style="bold", end=" ")
@@ -140,7 +119,7 @@ class Terminal:
         if self.console.is_terminal:
             self.progress_bar.start()
 
-    def on_step(self, event: StepEnd) -> None:
+    def on_step(self, event: events.StepEnd) -> None:
         """Update the progress line, and estimate the remaining time after a few steps."""
         now = time.perf_counter()
         if math.isnan(self.train_loss):
@@ -153,7 +132,7 @@ class Terminal:
         if math.isnan(self.first_progress):
             self.start_time = now
             self.first_progress = event.progress
-        warmup_end = self.first_step + WARMUP_STEPS
+        warmup_end = self.train_start.step + WARMUP_STEPS
         if event.step == warmup_end:
             self.print_eta(event)
         if self.console.is_terminal:
@@ -164,13 +143,13 @@ class Terminal:
         elif event.step > warmup_end and now - self.last_line_time > LINE_INTERVAL:
             self.print_line(event.step)
 
-    def print_eta(self, event: StepEnd) -> None:
+    def print_eta(self, event: events.StepEnd) -> None:
         """Print the throughput and the estimated remaining time."""
-        flops = self.tokens_per_second * self.flops_per_token
+        flops = self.tokens_per_second * self.train_start.flops_per_token
         self.console.print(
             f"{format_sig(event.tokens / self.tokens_per_second)} s per step: "
             f"{self.tokens_per_second:,.0f} tokens/s, {flops / 1e9:,.0f} GFLOP/s, "
-            f"{flops / self.peak_flops:.0%} of this machine's peak. "
+            f"{flops / self.train_start.peak_flops:.0%} of this machine's peak. "
             f"About {format_duration(self.seconds_left())} left.\n"
         )
 
@@ -187,16 +166,16 @@ class Terminal:
     def format_line(self, step: int) -> str:
         """Return the progress line; it fits into 80 columns unless hours are left."""
         steps = f"{step:,} ({self.progress:.0%})"
-        if self.num_steps:
-            steps = f"{step:,}/{self.num_steps:,}"
+        if num_steps := self.train_start.config.training.steps:
+            steps = f"{step:,}/{num_steps:,}"
         train = f"train {self.train_loss:.3f} ({self.train_loss * self.bits_per_nat:.3f})"
         val = ""
-        if not math.isnan(self.val_loss):
-            val = f"  val {self.val_loss:.3f} ({self.val_bits_per_byte:.3f})"
+        if self.last_eval:
+            val = f"  val {self.last_eval.val_loss:.3f} ({self.last_eval.bits_per_byte:.3f})"
         speed = f"{self.tokens_per_second:,.0f} tok/s"
         return f"{steps}  {speed}  {train}{val}  {format_duration(self.seconds_left())} left"
 
-    def on_end(self, event: TrainEnd) -> None:
+    def on_end(self, event: events.TrainEnd) -> None:
         """Print the model among the baselines, the diagnosis and the next commands."""
         other_losses = {}
         if event.initial_val_loss is not None:
@@ -208,8 +187,8 @@ class Terminal:
         self.console.print(baseline_table(event.loss, event.baselines, name, other_losses))
         self.console.print(f"\n{event.diagnosis.summary}\n")
         self.console.print(f"{event.step:,} steps in {format_duration(event.seconds)}.")
-        self.console.print(f"Generate text: nanogpt sample {shlex.quote(self.run)}")
-        self.console.print(f"Report: {os.path.join(self.run, 'report.html')}")
+        self.console.print(f"Generate text: nanogpt sample {shlex.quote(self.train_start.run)}")
+        self.console.print(f"Report: {os.path.join(self.train_start.run, 'report.html')}")
 
     def close(self) -> None:
         """Stop the progress line; safe to call more than once."""
@@ -257,7 +236,7 @@ def show_evaluation(
     loss: EvalLoss, baselines: Mapping[str, float], diagnosis: Diagnosis | None, name: str
 ) -> None:
     """Print the result of `nanogpt eval`."""
-    console = _console()
+    console = PlainConsole()
     console.print(baseline_table(loss, baselines, name))
     if diagnosis:
         console.print(f"\n{sanitize(diagnosis.summary)}")
@@ -269,7 +248,7 @@ def show_by_position(buckets: Sequence[LossByPosition]) -> None:
     for bucket in buckets:
         position = f"{bucket.first:,} to {bucket.last:,}"
         table.add_row(position, f"{bucket.loss:.4f}", f"{bucket.tokens:,}")
-    console = _console()
+    console = PlainConsole()
     console.print()
     console.print(table)
 
@@ -277,7 +256,7 @@ def show_by_position(buckets: Sequence[LossByPosition]) -> None:
 def show_speed(speed: "Speed") -> None:
     """Print the result of `nanogpt bench`."""
     kernels = f"{speed.attention} attention, {'compiled' if speed.compiled else 'not compiled'}"
-    console = _console()
+    console = PlainConsole()
     console.print(
         f"Machine   {speed.machine}, {kernels}; "
         f"matmul peak {speed.peak_flops_per_second / 1e9:,.0f} GFLOP/s"
@@ -294,7 +273,7 @@ def show_speed(speed: "Speed") -> None:
     )
 
 
-def _describe_run(event: TrainStart) -> dict[str, str]:
+def _describe_run(event: events.TrainStart) -> dict[str, str]:
     """Return the lines at the start of a run by label."""
     config, text = event.config, event.data
     model, device = config.model, config.device
@@ -337,7 +316,3 @@ def _results_table(first_column: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     return table
-
-
-def _console() -> Console:
-    return Console(highlight=False, markup=False, soft_wrap=True)

@@ -5,10 +5,9 @@ import errno
 import logging
 import signal
 import socket
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -30,14 +29,13 @@ SHUTDOWN_GRACE = 30
 DELIVERY_GRACE = 5
 
 
-def create_app(models: ModelPool, runs: Path | None = None) -> FastAPI:
+def create_app(models: ModelPool) -> FastAPI:
     """Create the application.
 
-    Its state holds `models`, `runs`, and `stopping`, an event at which endless streams must end.
+    Its state holds `models`, and `stopping`, an event at which endless streams must end.
 
     Args:
-        models: The served models.
-        runs: The run folder, or folder of runs, that the page shows.
+        models: The served models; the page shows the runs of the same folder.
     """
 
     @asynccontextmanager
@@ -53,32 +51,22 @@ def create_app(models: ModelPool, runs: Path | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.models = models
-    app.state.runs = runs
     app.state.stopping = asyncio.Event()
     app.include_router(openai_api.router)
     app.include_router(dashboard.router)
-    app.add_middleware(
-        SecurityMiddleware,
-        loopback=is_loopback(models.config.host),
-        api_key=models.config.api_key,
-        timeout=models.config.timeout,
-        metrics=models.metrics,
-    )
+    app.add_middleware(SecurityMiddleware, config=models.config, metrics=models.metrics)
     for error_type in (HTTPException, RequestValidationError, UserError, Exception):
         app.add_exception_handler(error_type, _error_handler)
     return app
 
 
-def run(
-    models: ModelPool, runs: Path | None = None, on_ready: Callable[[str], None] = lambda url: None
-) -> None:
+def run(models: ModelPool, on_ready: Callable[[str], None] = lambda url: None) -> None:
     """Serve until SIGINT or SIGTERM, then finish running requests and return.
 
     A single model is loaded first. Sequences end early `SHUTDOWN_GRACE` seconds after the signal.
 
     Args:
-        models: The served models.
-        runs: The run folder, or folder of runs, that the page shows.
+        models: The served models; the page shows the runs of the same folder.
         on_ready: Called with the server's URL once it accepts requests.
 
     Raises:
@@ -90,7 +78,7 @@ def run(
         what = f"An API key is missing: other machines can reach the host {config.host}."
         raise UserError(what, "Set the environment variable NANOGPT_API_KEY to a secret key.")
     sock = listen(config)
-    app = create_app(models, runs)
+    app = create_app(models)
     server_config = uvicorn.Config(
         app,
         log_level=logging.WARNING,
@@ -105,8 +93,7 @@ def run(
         if models.single_model is not None:
             await models.get_engine(models.single_model)
         on_ready(_browser_url(config.host, sock.getsockname()[1]))
-        with _ignore_reraised_signals():
-            await Server(server_config, app).serve(sockets=[sock])
+        await Server(server_config, app).serve(sockets=[sock])
 
     with sock:
         asyncio.run(serve())
@@ -118,6 +105,14 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: FastAPI):
         super().__init__(config)
         self.app = app
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop after a signal, or at once after another SIGINT.
+
+        Unlike uvicorn's method, this one does not let the signal be raised again after the end.
+        """
+        self.force_exit |= self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept no more requests, and return when the last response was sent."""
@@ -143,8 +138,8 @@ def listen(config: ServeConfig) -> socket.socket:
     except (OSError, UnicodeError) as error:
         if getattr(error, "errno", None) != errno.EADDRINUSE:
             what = f"Cannot listen on {address}: {getattr(error, 'strerror', None) or error}."
-            defaults = ServeConfig()
-            raise UserError(what, {"host": defaults.host, "port": defaults.port}) from error
+            defaults = ServeConfig().model_dump(include={"host", "port"})
+            raise UserError(what, defaults) from error
         with socket.create_server((host, 0), family=family) as free:
             fix = {"port": free.getsockname()[1]}
         raise UserError(f"The address is already in use: {address}.", fix) from error
@@ -158,22 +153,6 @@ def _browser_url(host: str, port: int) -> str:
     """Return the server's URL for a browser on this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-@contextmanager
-def _ignore_reraised_signals() -> Iterator[None]:
-    """Ignore the signals that uvicorn raises again after a graceful shutdown."""
-    # Only the main thread can set signal handlers.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.signal(number, lambda *_: None) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 async def _error_handler(request: Request, error: Exception) -> Response:

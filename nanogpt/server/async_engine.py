@@ -12,9 +12,12 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from nanogpt.config import DeviceConfig, ServeConfig
 from nanogpt.server.metrics import Metrics
 from nanogpt.server.schemas import ApiError
 
@@ -32,17 +35,11 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class TooManyRequestsError(ApiError):
-    """The response when the server is at capacity: 429 with Retry-After."""
-
-    def __init__(self, seconds: float):
-        wait = min(MAX_RETRY_AFTER, max(1, math.ceil(seconds)))
-        super().__init__(
-            429,
-            f"The server is at capacity. Retry in {wait} s.",
-            code="rate_limit_exceeded",
-            headers={"Retry-After": str(wait)},
-        )
+def capacity_error(seconds: float) -> ApiError:
+    """Return the error of a server at capacity: 429 with Retry-After."""
+    wait = min(MAX_RETRY_AFTER, max(1, math.ceil(seconds)))
+    message = f"The server is at capacity. Retry in {wait} s."
+    return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(wait)})
 
 
 class GenerationJob:
@@ -57,8 +54,8 @@ class GenerationJob:
 
     def __init__(self, engine: "AsyncEngine", num_sequences: int, streamed: bool, timeout: float):
         self.submitted_at = time.monotonic()
-        # The time of the first token, once there is one.
-        self.started_at = self.submitted_at
+        # The time of the first output.
+        self.started_at: float | None = None
         # Used by the engine's thread only.
         self.first_token_sent = False
         self.unfinished = num_sequences
@@ -112,44 +109,44 @@ class AsyncEngine:
 
     Args:
         name: The model's name.
-        load: Loads the model; runs in the engine's thread.
-        create_engine: Creates the engine of the loaded model, in the same thread.
-        max_batch_size: Sequences that the engine generates at a time.
-        max_queue: Sequences that may wait for a row.
+        file: The model file, which is loaded in the engine's thread.
+        config: Settings of the server.
+        device_config: Settings for loading the model.
         metrics: Receives token counts and times to the first token.
     """
 
     def __init__(
         self,
         name: str,
-        load: Callable[[], "Model"],
-        create_engine: Callable[["Model"], "Engine"],
-        max_batch_size: int,
-        max_queue: int,
+        file: Path,
+        config: ServeConfig,
+        device_config: DeviceConfig,
         metrics: Metrics,
     ):
         self.name = name
-        self.max_batch_size = max_batch_size
-        self.capacity = max_batch_size + max_queue
+        self.max_batch_size = config.max_batch_size
+        self.capacity = config.max_batch_size + config.max_queue
         self.in_flight = 0
         self.pins = 0
         self.model: Model
         self.context_length: int
-        self._load = load
-        self._create_engine = create_engine
+        self._file = file
+        self._file_version = _file_version(file)
+        self._device_config = device_config
+        self._timeout = config.timeout
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         # Moving average of the seconds from a sequence's first token to its last.
         self._sequence_seconds = 1.0
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._loaded: asyncio.Future[None] = self._loop.create_future()
+        self._loaded: Future[None] = Future()
+        # Several requests wait for it; now none of them can cancel it.
+        self._loaded.set_running_or_notify_cancel()
 
-        # State of the engine's thread: running and queued sequences, then undelivered outputs and
-        # the jobs whose first tokens are among them.
+        # State of the engine's thread: running and queued sequences, and undelivered outputs.
         self._engine: Engine
         self._sequences: dict[Sequence, tuple[GenerationJob, int]] = {}
         self._outputs: list[tuple[GenerationJob, int, StepOutput]] = []
-        self._started_jobs: list[GenerationJob] = []
         self._delivered_at = 0.0
         self._thread = threading.Thread(target=self._run, name=f"engine of {name}", daemon=True)
         self._thread.start()
@@ -157,28 +154,25 @@ class AsyncEngine:
     async def wait_until_loaded(self) -> None:
         """Wait until the model is loaded, or raise the error of loading it."""
         with self.pinned():
-            # Other requests wait for the same future, so that one must not cancel it.
-            await asyncio.shield(self._loaded)
+            await asyncio.wrap_future(self._loaded)
 
-    def submit(
-        self, requests: Collection["Request"], streamed: bool, timeout: float
-    ) -> GenerationJob:
+    def submit(self, requests: Collection["Request"], streamed: bool) -> GenerationJob:
         """Enqueue the requests of one job.
 
         Raises:
-            TooManyRequestsError: If they exceed the engine's remaining capacity.
+            ApiError: If they exceed the engine's remaining capacity.
         """
         if self.in_flight + len(requests) > self.capacity:
             raise self.busy_error()
         self.in_flight += len(requests)
-        job = GenerationJob(self, len(requests), streamed, timeout)
+        job = GenerationJob(self, len(requests), streamed, self._timeout)
         self._inbox.put(lambda: self._add(job, requests))
         return job
 
-    def busy_error(self) -> TooManyRequestsError:
+    def busy_error(self) -> ApiError:
         """Return the error for a full queue, with the estimated time until it advances."""
         batches = max(1.0, self.waiting / self.max_batch_size)
-        return TooManyRequestsError(self._sequence_seconds * batches)
+        return capacity_error(self._sequence_seconds * batches)
 
     def cancel(self, job: GenerationJob | None) -> None:
         """Cancel the unfinished sequences of a job, or of all jobs."""
@@ -186,19 +180,19 @@ class AsyncEngine:
 
     async def call(self, function: Callable[["Model"], T]) -> T:
         """Return `function(model)`, computed in the engine's thread between two steps."""
-        future: asyncio.Future[T] = self._loop.create_future()
+        future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
-                result = function(self.model)
+                future.set_result(function(self.model))
             except Exception as error:
-                self._call_in_loop(_resolve, future, None, error)
-            else:
-                self._call_in_loop(_resolve, future, result, None)
+                future.set_exception(error)
 
         self._inbox.put(run)
         with self.pinned():
-            return await future
+            return await asyncio.wrap_future(future)
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
@@ -213,6 +207,11 @@ class AsyncEngine:
     def is_idle(self) -> bool:
         """True if no request uses this engine."""
         return not self.in_flight and not self.pins
+
+    @property
+    def is_outdated(self) -> bool:
+        """True if the model file has changed since this engine started."""
+        return _file_version(self._file) != self._file_version
 
     @property
     def running(self) -> int:
@@ -233,15 +232,13 @@ class AsyncEngine:
         self.stop()
         await asyncio.to_thread(self._thread.join, 10)
 
-    def _deliver(
-        self, outputs: list[tuple[GenerationJob, int, "StepOutput"]], started: list[GenerationJob]
-    ) -> None:
+    def _deliver(self, outputs: list[tuple[GenerationJob, int, "StepOutput"]]) -> None:
         """Receive outputs on the event loop."""
         now = time.monotonic()
-        for job in started:
-            job.started_at = now
-            self._metrics.first_token.observe(now - job.submitted_at)
         for job, index, output in outputs:
+            if job.started_at is None:
+                job.started_at = now
+                self._metrics.first_token.observe(now - job.submitted_at)
             if output.finish_reason is not None:
                 self.in_flight -= 1
                 # Time in the queue is not part of it, because it is predicted from it.
@@ -251,10 +248,10 @@ class AsyncEngine:
         num_tokens = sum(output.token_id is not None for _, _, output in outputs)
         self._metrics.count_tokens(self.name, "completion", num_tokens)
 
-    def _fail_jobs(self, jobs: list[GenerationJob], num_sequences: int, error: Exception) -> None:
+    def _fail_jobs(self, jobs: Collection[GenerationJob], error: Exception) -> None:
         """Receive an error on the event loop."""
-        self.in_flight -= num_sequences
         for job in jobs:
+            self.in_flight -= job.unfinished
             job.fail(error)
 
     # Methods below run in the engine's thread.
@@ -267,13 +264,16 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
-            self.model = self._load()
-            self._engine = self._create_engine(self.model)
+            # Imports PyTorch, which a folder of runs does not need until a model is used.
+            from nanogpt import api
+
+            self.model = api.load(self._file, **self._device_config.model_dump(exclude_unset=True))
+            self._engine = self.model.create_engine(self.max_batch_size)
             self.context_length = self._engine.decoder.context_length
         except Exception as error:
-            self._call_in_loop(_resolve, self._loaded, None, error)
+            self._loaded.set_exception(error)
             return
-        self._call_in_loop(_resolve, self._loaded, None, None)
+        self._loaded.set_result(None)
         while True:
             try:
                 if not self._drain_inbox():
@@ -282,12 +282,11 @@ class AsyncEngine:
             except Exception as error:
                 # A bug, or out of memory: these sequences are lost, but later ones can succeed.
                 log.exception("The engine of %s failed.", self.name)
-                jobs = list(dict.fromkeys(job for job, _ in self._sequences.values()))
-                self._call_in_loop(self._fail_jobs, jobs, len(self._sequences), error)
+                jobs = {job for job, _ in self._sequences.values()}
+                self._call_in_loop(self._fail_jobs, jobs, error)
                 self._sequences = {}
                 self._outputs = []
-                self._started_jobs = []
-                self._engine = self._create_engine(self.model)
+                self._engine = self.model.create_engine(self.max_batch_size)
 
     def _drain_inbox(self) -> bool:
         """Run queued functions, and block while the engine is idle. Return False to stop."""
@@ -304,7 +303,7 @@ class AsyncEngine:
         try:
             added = {self._engine.add(request): (job, i) for i, request in enumerate(requests)}
         except Exception as error:
-            self._call_in_loop(self._fail_jobs, [job], len(requests), error)
+            self._call_in_loop(self._fail_jobs, [job], error)
             # The engine may hold some of the sequences, so the caller replaces it.
             raise
         self._sequences |= added
@@ -322,23 +321,18 @@ class AsyncEngine:
             if not job.first_token_sent:
                 job.first_token_sent = True
                 is_urgent = True
-                self._started_jobs.append(job)
             if output.finish_reason is not None:
                 del self._sequences[output.sequence]
                 is_urgent = True
             self._outputs.append((job, index, output))
         now = time.monotonic()
         if self._outputs and (is_urgent or now - self._delivered_at >= DELIVERY_INTERVAL):
-            self._call_in_loop(self._deliver, self._outputs, self._started_jobs)
+            self._call_in_loop(self._deliver, self._outputs)
             self._outputs = []
-            self._started_jobs = []
             self._delivered_at = now
 
 
-def _resolve(future: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:
-    if future.done():  # cancelled by its waiter
-        return
-    if error is None:
-        future.set_result(result)
-    else:
-        future.set_exception(error)
+def _file_version(file: Path) -> tuple[int, int]:
+    """Return the time and the size of a file."""
+    stat = file.stat()
+    return stat.st_mtime_ns, stat.st_size

@@ -70,7 +70,7 @@ def _serve(runs: Path, sender: Connection) -> None:
     from nanogpt.server.model_pool import ModelPool
 
     try:
-        run(ModelPool(runs, ServeConfig(port=0)), runs, on_ready=sender.send)
+        run(ModelPool(runs, ServeConfig(port=0)), on_ready=sender.send)
     except (UserError, OSError) as error:
         print(f"nanogpt: Cannot serve the page: {error}", file=sys.stderr)
     finally:

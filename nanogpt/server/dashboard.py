@@ -11,20 +11,21 @@ import importlib.resources
 import math
 import mimetypes
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from nanogpt.config import SamplingConfig
-from nanogpt.errors import UserError
 from nanogpt.server import run_reader
-from nanogpt.server.schemas import ApiError, json_response
+from nanogpt.server.schemas import ApiError, StrictModel, json_response
 
 if TYPE_CHECKING:  # imports torch, which the page does not need
-    from nanogpt.api import Model
+    from nanogpt.inspection.inspector import Inspector
 
 WEB = Path(__file__).parent.parent / "web"
 MAX_TEXT_CHARS = 200_000
@@ -33,17 +34,10 @@ POLL_SECONDS = 1.0
 KEEPALIVE_SECONDS = 15.0
 # Everything comes from this server. plotly.js inserts style sheets, which only 'unsafe-inline'
 # allows; scripts stay restricted.
-CONTENT_SECURITY_POLICY = "; ".join(
-    (
-        "default-src 'none'",
-        "script-src 'self'",
-        "style-src 'self' 'unsafe-inline'",
-        "img-src 'self' data:",
-        "connect-src 'self'",
-        "base-uri 'none'",
-        "form-action 'self'",
-        "frame-ancestors 'none'",
-    )
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -56,10 +50,8 @@ NO_CACHE = SECURITY_HEADERS | {"Cache-Control": "no-cache"}
 router = APIRouter(include_in_schema=False)
 
 
-class InspectRequest(BaseModel):
+class InspectRequest(StrictModel):
     """A model and a text to inspect."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: Annotated[str, Field(max_length=256)]
     text: Annotated[str, Field(max_length=MAX_TEXT_CHARS)] = ""
@@ -105,19 +97,13 @@ async def events(request: Request) -> Response:
         seen: Any = None
         idle_seconds = 0.0
         while not state.stopping.is_set():
-            current = await asyncio.to_thread(run_reader.fingerprint, state.runs)
-            if current != seen:
-                seen = current
-                idle_seconds = 0.0
-                yield "data: changed\n\n"
-            elif idle_seconds >= KEEPALIVE_SECONDS:
-                idle_seconds = 0.0
-                yield ": keep-alive\n\n"
+            current = await asyncio.to_thread(run_reader.fingerprint, state.models.path)
+            if current != seen or idle_seconds >= KEEPALIVE_SECONDS:
+                yield "data: changed\n\n" if current != seen else ": keep-alive\n\n"
+                seen, idle_seconds = current, 0.0
             idle_seconds += POLL_SECONDS
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(state.stopping.wait(), POLL_SECONDS)
-            except TimeoutError:
-                continue
 
     return StreamingResponse(stream(), media_type="text/event-stream", headers=NO_STORE)
 
@@ -125,28 +111,25 @@ async def events(request: Request) -> Response:
 @router.get("/page/runs")
 def list_runs(request: Request) -> Response:
     """Return a summary of every run, most recently written first."""
-    folders = run_reader.list_runs(request.app.state.runs).values()
+    folders = run_reader.list_runs(request.app.state.models.path).values()
     return json_response([run_reader.summarize(folder) for folder in folders], headers=NO_STORE)
 
 
 @router.get("/page/runs/{name}/{kind}")
 def tail_log(request: Request, name: str, kind: str, offset: int = 0, file: str = "") -> Response:
     """Return the new part of a run's metrics or samples; see `run_reader.news`."""
-    folder = run_reader.list_runs(request.app.state.runs).get(name)
+    folder = run_reader.list_runs(request.app.state.models.path).get(name)
     if folder is None or kind not in ("metrics", "samples"):
         raise ApiError(404, f"There is no run {name[:80]!r} here.")
     read = run_reader.read_new_metrics if kind == "metrics" else run_reader.read_new_lines
-    return json_response(
-        read(run_reader.log_path(folder, f"{kind}.jsonl"), offset, file), headers=NO_STORE
-    )
+    log = run_reader.log_path(folder, f"{kind}.jsonl")
+    return json_response(read(log, offset, file), headers=NO_STORE)
 
 
 @router.post("/page/inspect/surprisal")
 async def surprisal(request: Request, body: InspectRequest) -> Response:
     """Return the surprisal of each token; see `inspection.results.Surprisal`."""
-    return await _inspect(
-        request, body, lambda model: model.inspect(body.text).surprisal().asdict()
-    )
+    return await _inspect(request, body, lambda inspector: inspector.surprisal().asdict())
 
 
 @router.post("/page/inspect/attention")
@@ -157,12 +140,12 @@ async def attention(request: Request, body: InspectRequest) -> Response:
     `num_tokens` counts the tokens of the whole text.
     """
 
-    def inspect(model: "Model") -> dict[str, Any]:
-        config = model.inspect("").model.config
+    def inspect(inspector: "Inspector") -> dict[str, Any]:
+        config, tokenizer = inspector.model.config, inspector.tokenizer
         layers, heads = config.n_layer, config.n_head
-        ids = model.tokenizer.encode(body.text)
+        ids = tokenizer.encode(body.text)
         max_tokens = math.isqrt(MAX_ATTENTION_WEIGHTS // (layers * heads))
-        result = model.inspect(model.tokenizer.decode(ids[:max_tokens])).attention()
+        result = replace(inspector, text=tokenizer.decode(ids[:max_tokens])).attention()
         return {
             "token_texts": result.token_texts,
             "num_tokens": len(ids),
@@ -181,8 +164,7 @@ async def neurons(request: Request, body: NeuronRequest) -> Response:
     See `inspection.results.NeuronActivations`.
     """
 
-    def inspect(model: "Model") -> dict[str, Any]:
-        inspector = model.inspect(body.text)
+    def inspect(inspector: "Inspector") -> dict[str, Any]:
         result = inspector.neurons(body.layer, body.neuron).asdict()
         return result | {"layers": inspector.model.config.n_layer}
 
@@ -193,8 +175,7 @@ async def neurons(request: Request, body: NeuronRequest) -> Response:
 async def excerpts(request: Request, body: NeuronRequest) -> Response:
     """Return the held-out passages with a neuron's highest activations."""
 
-    def inspect(model: "Model") -> list[dict[str, Any]]:
-        inspector = model.inspect("")
+    def inspect(inspector: "Inspector") -> list[dict[str, Any]]:
         found = inspector.top_activating_excerpts(body.layer, body.neuron or 0)
         return [excerpt.asdict() for excerpt in found]
 
@@ -204,15 +185,13 @@ async def excerpts(request: Request, body: NeuronRequest) -> Response:
 @router.post("/page/inspect/embedding")
 async def embedding(request: Request, body: InspectRequest) -> Response:
     """Return the token embedding in two dimensions; see `inspection.results.Embedding`."""
-    return await _inspect(request, body, lambda model: model.inspect("").embedding().asdict())
+    return await _inspect(request, body, lambda inspector: inspector.embedding().asdict())
 
 
 @router.post("/page/memorization")
 async def memorization(request: Request, body: InspectRequest) -> Response:
     """Return the passages of a text that occur in the training text, with a baseline."""
-    return await _inspect(
-        request, body, lambda model: model.inspect(body.text).memorization().asdict()
-    )
+    return await _inspect(request, body, lambda inspector: inspector.memorization().asdict())
 
 
 @router.get("/page/{name}")
@@ -228,13 +207,9 @@ def static_file(name: str) -> Response:
 
 
 async def _inspect(
-    request: Request, body: InspectRequest, inspect: Callable[["Model"], Any]
+    request: Request, body: InspectRequest, inspect: Callable[["Inspector"], Any]
 ) -> Response:
-    """Run `inspect` in the engine's thread. Raises `ApiError` for a user's error."""
-    try:
-        worker = await request.app.state.models.get_engine(body.model)
-        return json_response(await worker.call(inspect), headers=NO_STORE)
-    except KeyError as error:
-        raise ApiError(404, f"There is no model {body.model[:80]!r} here.", "model") from error
-    except UserError as error:
-        raise ApiError(400, str(error)) from error
+    """Inspect the text in the thread of the model's engine."""
+    engine = await request.app.state.models.get_engine(body.model)
+    result = await engine.call(lambda model: inspect(model.inspect(body.text)))
+    return json_response(result, headers=NO_STORE)

@@ -1,6 +1,7 @@
 """Counters, gauges and a histogram of the server, in the text format of Prometheus."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -15,30 +16,27 @@ class Metrics:
     """The metrics of one server, in a registry of their own."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "nanogpt_requests_total",
             "HTTP requests answered.",
             ("path", "status"),
-            registry=self.registry,
+            registry=registry,
         )
         self.tokens = Counter(
             "nanogpt_tokens_total",
             "Tokens read in prompts and generated in completions.",
             ("model", "kind"),
-            registry=self.registry,
+            registry=registry,
         )
-        self.running = Gauge(
-            "nanogpt_active_rows", "Sequences being generated.", ("model",), registry=self.registry
-        )
-        self.waiting = Gauge(
-            "nanogpt_queue_length", "Queued sequences.", ("model",), registry=self.registry
-        )
+        gauge = partial(Gauge, labelnames=("model",), registry=registry)
+        self.running = gauge("nanogpt_active_rows", "Sequences being generated.")
+        self.waiting = gauge("nanogpt_queue_length", "Queued sequences.")
         self.first_token = Histogram(
             "nanogpt_time_to_first_token_seconds",
             "Seconds from a request to its first token.",
             buckets=BUCKETS,
-            registry=self.registry,
+            registry=registry,
         )
 
     def count_request(self, path: str, status: int) -> None:

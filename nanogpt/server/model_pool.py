@@ -1,15 +1,13 @@
 """The served models: found by name, and loaded on first use."""
 
+import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nanogpt.config import DeviceConfig, ServeConfig
 from nanogpt.errors import UserError
-from nanogpt.server.async_engine import AsyncEngine, TooManyRequestsError
+from nanogpt.server.async_engine import AsyncEngine, capacity_error
 from nanogpt.server.metrics import Metrics
-
-if TYPE_CHECKING:
-    from nanogpt.api import Model
+from nanogpt.server.schemas import ApiError
 
 # Models loaded at a time; each has its own KV cache for all rows.
 MAX_LOADED = 4
@@ -37,8 +35,8 @@ class ModelPool:
         self.config = config
         self.device_config = device_config
         self.metrics = Metrics()
-        # Each with its file's time and size; the least recently used comes first.
-        self._engines: dict[str, tuple[AsyncEngine, tuple[int, int]]] = {}
+        # The engines of the loaded models by name; the least recently used comes first.
+        self.engines: dict[str, AsyncEngine] = {}
         fix = "Train a model with: nanogpt train TEXT"
         if not path.exists():
             raise UserError(f"There is no model or folder of runs at {path.absolute()}.", fix)
@@ -63,21 +61,25 @@ class ModelPool:
             if file.is_file() and file.resolve().is_relative_to(root)
         }
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the current models."""
-        return list(self.files())
+    def find(self, name: str) -> Path:
+        """Return the file of a model. Raises `ApiError` if there is none of this name."""
+        files = self.files()
+        if name in files:
+            return files[name]
+        if matches := difflib.get_close_matches(name, files, n=1):
+            fix = f"Did you mean {matches[0]!r}?"
+        elif files:
+            fix = f"Use one of: {', '.join(sorted(files)[:20])}."
+        else:
+            fix = "The server has no models yet."
+        message = f"There is no model {name[:80]!r}. {fix}"
+        raise ApiError(404, message, "model", "model_not_found")
 
     @property
     def single_model(self) -> str | None:
         """Name of the model, or None if a folder of runs is served."""
         is_single = self.path.is_file() or (self.path / "model.safetensors").is_file()
-        return self.names[0] if is_single else None
-
-    @property
-    def engines(self) -> list[AsyncEngine]:
-        """Engines of the loaded models."""
-        return [engine for engine, _ in self._engines.values()]
+        return next(iter(self.files())) if is_single else None
 
     async def get_engine(self, name: str) -> AsyncEngine:
         """Return the engine of a model, and load the model if necessary.
@@ -86,63 +88,41 @@ class ModelPool:
         awaits anything before it submits a job must pin the engine.
 
         Raises:
-            KeyError: If there is no such model.
+            ApiError: If there is no such model, or `MAX_LOADED` other models are in use.
             UserError: If the file holds no valid model.
-            TooManyRequestsError: If `MAX_LOADED` other models are in use.
         """
-        file = self.files()[name]
-        stat = file.stat()
-        version = (stat.st_mtime_ns, stat.st_size)
-        engine, loaded_version = self._engines.pop(name, (None, version))
-        if engine is not None and loaded_version != version and engine.is_idle:
+        file = self.find(name)
+        engine = self.engines.pop(name, None)
+        if engine is not None and engine.is_idle and engine.is_outdated:
             engine.stop()
             engine = None
         if engine is None:
             self._evict_idle()
-            engine = self._start_engine(name, file)
-            loaded_version = version
-        self._engines[name] = (engine, loaded_version)
+            engine = AsyncEngine(name, file, self.config, self.device_config, self.metrics)
+        self.engines[name] = engine
         try:
             await engine.wait_until_loaded()
         except UserError:
-            if self._engines.get(name, (None,))[0] is engine:
-                del self._engines[name]
+            if self.engines.get(name) is engine:
+                del self.engines[name]
             raise
         return engine
 
     def cancel_all(self) -> None:
         """End all sequences with the text so far."""
-        for engine in self.engines:
+        for engine in self.engines.values():
             engine.cancel(None)
 
     async def close(self) -> None:
         """Stop all engines."""
-        for engine in self.engines:
+        for engine in self.engines.values():
             await engine.close()
 
     def _evict_idle(self) -> None:
         """Unload the least recently used idle model if `MAX_LOADED` are loaded."""
-        if len(self._engines) < MAX_LOADED:
+        if len(self.engines) < MAX_LOADED:
             return
-        idle = [name for name, (engine, _) in self._engines.items() if engine.is_idle]
-        if not idle:
-            raise TooManyRequestsError(1.0)
-        engine, _ = self._engines.pop(idle[0])
-        engine.stop()
-
-    def _start_engine(self, name: str, file: Path) -> AsyncEngine:
-        def load() -> "Model":
-            # Imports PyTorch, which a folder of runs does not need until a model is used.
-            from nanogpt import api
-
-            return api.load(file, **self.device_config.model_dump(exclude_unset=True))
-
-        max_batch_size = self.config.max_batch_size
-        return AsyncEngine(
-            name,
-            load,
-            lambda model: model.create_engine(max_batch_size),
-            max_batch_size,
-            self.config.max_queue,
-            self.metrics,
-        )
+        idle = next((name for name, engine in self.engines.items() if engine.is_idle), None)
+        if idle is None:
+            raise capacity_error(1.0)
+        self.engines.pop(idle).stop()

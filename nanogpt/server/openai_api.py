@@ -4,8 +4,8 @@ Source: OpenAI, "API reference", Completions and Models.
 """
 
 import asyncio
-import difflib
-from collections.abc import AsyncIterator, Collection, Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fastapi
@@ -13,16 +13,11 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from nanogpt.errors import UserError
+from nanogpt.server import schemas
 from nanogpt.server.async_engine import AsyncEngine, GenerationJob
 from nanogpt.server.model_pool import ModelPool
 from nanogpt.server.responses import Completion, Prompt, prompt_logprobs
-from nanogpt.server.schemas import (
-    MAX_PROMPT_TOKENS,
-    MAX_WORK,
-    ApiError,
-    CompletionRequest,
-    json_response,
-)
+from nanogpt.server.schemas import CompletionRequest, invalid_value, json_response
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -46,8 +41,8 @@ async def healthz() -> Response:
 async def metrics(request: fastapi.Request) -> Response:
     """Return the server's metrics in the text format of Prometheus."""
     models: ModelPool = request.app.state.models
-    running = {engine.name: engine.running for engine in models.engines}
-    waiting = {engine.name: engine.waiting for engine in models.engines}
+    running = {name: engine.running for name, engine in models.engines.items()}
+    waiting = {name: engine.waiting for name, engine in models.engines.items()}
     text = models.metrics.render(running, waiting)
     return Response(text, media_type="text/plain; version=0.0.4")
 
@@ -56,50 +51,43 @@ async def metrics(request: fastapi.Request) -> Response:
 async def list_models(request: fastapi.Request) -> Response:
     """List the models."""
     files = request.app.state.models.files()
-    data = [_model_info(name, file.stat().st_mtime) for name, file in files.items()]
+    data = [_model_info(name, file) for name, file in files.items()]
     return json_response({"object": "list", "data": data})
 
 
 @router.get("/v1/models/{name}")
 async def get_model(name: str, request: fastapi.Request) -> Response:
     """Return one model."""
-    files = request.app.state.models.files()
-    if name not in files:
-        raise _unknown_model(name, files)
-    return json_response(_model_info(name, files[name].stat().st_mtime))
+    return json_response(_model_info(name, request.app.state.models.find(name)))
 
 
 @router.post("/v1/completions")
 async def complete(body: CompletionRequest, request: fastapi.Request) -> Response:
     """Generate `n` continuations of each prompt."""
     if body.best_of not in (None, body.n):
-        message = f"best_of: {body.best_of} is not supported. Leave it out, or set it to n."
-        raise ApiError(400, message, "best_of", "invalid_value")
+        problem = f"{body.best_of} is not supported. Leave it out, or set it to n."
+        raise invalid_value("best_of", problem)
     return await _cancel_on_disconnect(request, _complete(body, request.app.state.models))
 
 
 async def _complete(body: CompletionRequest, models: ModelPool) -> Response:
-    try:
-        engine = await models.get_engine(body.model)
-    except KeyError:
-        raise _unknown_model(body.model, models.files()) from None
+    engine = await models.get_engine(body.model)
     _check_limits(body, engine)
     tokenizer = engine.model.tokenizer
     with engine.pinned():
         prompts = [await _make_prompt(prompt, body, engine) for prompt in body.prompts()]
     requests = _make_requests(body, prompts, tokenizer.vocab_size)
-    job = engine.submit(requests, body.stream, models.config.timeout)
+    job = engine.submit(requests, body.stream)
     try:
         completion = Completion(body, prompts, tokenizer)
         models.metrics.count_tokens(engine.name, "prompt", completion.prompt_tokens)
-        if not body.stream:
-            response = await completion.to_response(job)
-            _check_progress(body, job, engine)
-            return json_response(response)
-        # Wait for the first token before the status is sent: it may be an error.
-        first = await anext(job.stream())
-        _check_progress(body, job, engine)
-        return EventStream(completion.to_sse(job, first), job)
+        # Before the status is sent, wait for the first token of a stream, or for all tokens.
+        outputs = await anext(job.stream())
+        if body.max_tokens and not job.num_tokens:  # timed out in the queue
+            raise engine.busy_error()
+        if body.stream:
+            return EventStream(completion.to_sse(job, outputs), job)
+        return json_response(completion.to_response(outputs))
     except BaseException:
         job.cancel()
         raise
@@ -163,7 +151,7 @@ async def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
             return tokenizer.encode(text)
         return await asyncio.to_thread(tokenizer.encode, text)
     except UserError as error:
-        raise ApiError(400, f"prompt: {error}", "prompt", "invalid_value") from error
+        raise invalid_value("prompt", str(error)) from error
 
 
 async def _make_prompt(
@@ -175,12 +163,12 @@ async def _make_prompt(
     model = engine.model
     tokenizer = model.tokenizer
     ids = prompt if isinstance(prompt, list) else await _encode(prompt, tokenizer)
-    if len(ids) > MAX_PROMPT_TOKENS:
-        message = f"prompt: too long: {len(ids):,} tokens (limit {MAX_PROMPT_TOKENS:,})."
-        raise ApiError(400, message, "prompt", "context_length_exceeded")
+    if len(ids) > schemas.MAX_PROMPT_TOKENS:
+        problem = f"too long: {len(ids):,} tokens (limit {schemas.MAX_PROMPT_TOKENS:,})."
+        raise invalid_value("prompt", problem, "context_length_exceeded")
     if max(ids, default=0) >= tokenizer.vocab_size:
-        message = f"prompt: no such token: {max(ids)} (limit {tokenizer.vocab_size - 1})."
-        raise ApiError(400, message, "prompt", "invalid_value")
+        problem = f"no such token: {max(ids)} (limit {tokenizer.vocab_size - 1})."
+        raise invalid_value("prompt", problem)
     if not ids:
         return Prompt(encode_prompt(tokenizer, None, model.summary["unseen_token_ranges"], 1), "")
     text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
@@ -188,9 +176,9 @@ async def _make_prompt(
     if not body.echo or num_top is None:
         return Prompt(ids, text)
     if len(ids) > engine.context_length:
-        message = f"prompt: too long for echo with logprobs: {len(ids):,} tokens "
-        message += f"(limit {engine.context_length:,})."
-        raise ApiError(400, message, "prompt", "context_length_exceeded")
+        size = f"{len(ids):,} tokens (limit {engine.context_length:,})"
+        problem = f"too long for echo with logprobs: {size}."
+        raise invalid_value("prompt", problem, "context_length_exceeded")
     logprobs = await engine.call(lambda model: prompt_logprobs(model, ids, num_top))
     return Prompt(ids, text, logprobs)
 
@@ -199,32 +187,15 @@ def _check_limits(body: CompletionRequest, engine: AsyncEngine) -> None:
     """Raise `ApiError` if the request asks for more than the server allows."""
     num_sequences = len(body.prompts()) * body.n
     if num_sequences > engine.capacity:
-        message = f"n: too many sequences: {num_sequences} (limit {engine.capacity})."
-        raise ApiError(400, message, "n", "invalid_value")
+        problem = f"too many sequences: {num_sequences} (limit {engine.capacity})."
+        raise invalid_value("n", problem)
     work = num_sequences * body.max_tokens * (1 + (body.logprobs or 0))
-    if work > MAX_WORK:
-        message = f"max_tokens: sequences x max_tokens x (1 + logprobs) is too large: {work:,} "
-        message += f"(limit {MAX_WORK:,})."
-        raise ApiError(400, message, "max_tokens", "invalid_value")
+    if work > schemas.MAX_WORK:
+        size = f"{work:,} (limit {schemas.MAX_WORK:,})"
+        problem = f"sequences x max_tokens x (1 + logprobs) is too large: {size}."
+        raise invalid_value("max_tokens", problem)
 
 
-def _check_progress(body: CompletionRequest, job: GenerationJob, engine: AsyncEngine) -> None:
-    """Raise `TooManyRequestsError` if the job timed out before its first token."""
-    if body.max_tokens and not job.num_tokens:
-        raise engine.busy_error()
-
-
-def _unknown_model(name: str, known: Collection[str]) -> ApiError:
-    matches = difflib.get_close_matches(name, known, n=1)
-    if matches:
-        fix = f"Did you mean {matches[0]!r}?"
-    elif known:
-        fix = f"Use one of: {', '.join(sorted(known)[:20])}."
-    else:
-        fix = "The server has no models yet."
-    message = f"There is no model {name[:80]!r}. {fix}"
-    return ApiError(404, message, "model", "model_not_found")
-
-
-def _model_info(name: str, created: float) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": int(created), "owned_by": "nanogpt"}
+def _model_info(name: str, file: Path) -> dict[str, Any]:
+    created = int(file.stat().st_mtime)
+    return {"id": name, "object": "model", "created": created, "owned_by": "nanogpt"}

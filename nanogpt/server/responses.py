@@ -52,30 +52,27 @@ class Choice:
         index: Index in the response.
         prompt: The prompt that it continues.
         tokenizer: The model's tokenizer.
-        echo: Start the text with the prompt.
-        logprobs: Number of alternatives per token, or None for no log-probabilities.
+        request: The request that it belongs to.
     """
 
     def __init__(
-        self, index: int, prompt: Prompt, tokenizer: Tokenizer, echo: bool, logprobs: int | None
+        self, index: int, prompt: Prompt, tokenizer: Tokenizer, request: CompletionRequest
     ):
         self.index = index
         self.num_tokens = 0
         self.finish_reason: str | None = None
         self._tokenizer = tokenizer
-        self._logprobs = logprobs
-        self._pending_text = ""
+        self._logprobs = request.logprobs
+        self._pending_text = prompt.text if request.echo else ""
         # Characters of prompt and generated text.
         self._text_length = len(prompt.text)
         # Decodes the bytes of the tokens, to find the character at which each token starts.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._decoded_length = 0 if echo else len(prompt.text)
+        self._decoded_length = 0 if request.echo else len(prompt.text)
         # Tokens not yet returned, with the offsets of their first characters.
         self._pending_tokens: list[tuple[TokenLogprobs, int]] = []
-        if echo:
-            self._pending_text = prompt.text
-            for token in prompt.logprobs:
-                self._add_token(token)
+        for token in prompt.logprobs:
+            self._add_token(token)
 
     def add(self, output: "StepOutput") -> None:
         """Append an output of the engine."""
@@ -94,8 +91,7 @@ class Choice:
         """Return the text and tokens since the last call, or None if there are none."""
         if not self._pending_text and self.finish_reason is None:
             return None
-        text = self._pending_text
-        self._pending_text = ""
+        text, self._pending_text = self._pending_text, ""
         return {
             "index": self.index,
             "text": text,
@@ -110,17 +106,14 @@ class Choice:
 
     def _pop_logprobs(self) -> dict[str, Any]:
         """Return the tokens whose text has been returned; a stop string has none."""
-        offsets = [offset for _, offset in self._pending_tokens]
-        stop = sum(offset < self._text_length for offset in offsets)
-        tokens = [token for token, _ in self._pending_tokens[:stop]]
-        self._pending_tokens = self._pending_tokens[stop:]
+        stop = sum(offset < self._text_length for _, offset in self._pending_tokens)
+        tokens, self._pending_tokens = self._pending_tokens[:stop], self._pending_tokens[stop:]
+        top_logprobs = [self._top_logprobs(token) for token, _ in tokens]
         return {
-            "tokens": [self._token_name(token.token_id) for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [self._top_logprobs(token) for token in tokens]
-            if self._logprobs
-            else None,
-            "text_offset": offsets[:stop],
+            "tokens": [self._token_name(token.token_id) for token, _ in tokens],
+            "token_logprobs": [token.logprob for token, _ in tokens],
+            "top_logprobs": top_logprobs if self._logprobs else None,
+            "text_offset": [offset for _, offset in tokens],
         }
 
     def _top_logprobs(self, token: TokenLogprobs) -> dict[str, float] | None:
@@ -152,12 +145,8 @@ class Completion:
 
     def __init__(self, request: CompletionRequest, prompts: Sequence[Prompt], tokenizer: Tokenizer):
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
-        self.choices: list[Choice] = []
-        for prompt in prompts:
-            for _ in range(request.n):
-                index = len(self.choices)
-                choice = Choice(index, prompt, tokenizer, request.echo, request.logprobs)
-                self.choices.append(choice)
+        repeated = [prompt for prompt in prompts for _ in range(request.n)]
+        self.choices = [Choice(i, prompt, tokenizer, request) for i, prompt in enumerate(repeated)]
         self._include_usage = request.stream_options.include_usage
         self._metadata = {
             "id": f"cmpl-{secrets.token_hex(12)}",
@@ -166,10 +155,9 @@ class Completion:
             "model": request.model,
         }
 
-    async def to_response(self, job: GenerationJob) -> dict[str, Any]:
-        """Return the complete response once all sequences have finished."""
-        async for outputs in job.stream():
-            self._add(outputs)
+    def to_response(self, outputs: IndexedOutputs) -> dict[str, Any]:
+        """Return the response for all outputs of all sequences."""
+        self._add(outputs)
         choices = [choice.pop_delta() for choice in self.choices]
         return self._metadata | {"choices": choices, "usage": self._usage()}
 

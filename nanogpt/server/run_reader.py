@@ -35,13 +35,13 @@ COLUMNS = (
 )
 
 
-def list_runs(path: Path | None) -> dict[str, Path]:
+def list_runs(path: Path) -> dict[str, Path]:
     """Return run folders by name, the one written last first.
 
     Args:
         path: A folder of runs, a run folder, or the model file in one.
     """
-    if path is None or not path.exists():
+    if not path.exists():
         return {}
     path = path.resolve()
     if path.is_file():
@@ -55,7 +55,7 @@ def list_runs(path: Path | None) -> dict[str, Path]:
     return {run.name: run for run in sorted(runs, key=_last_written, reverse=True)}
 
 
-def fingerprint(path: Path | None) -> tuple[object, ...]:
+def fingerprint(path: Path) -> tuple[object, ...]:
     """Return a value that changes when a run, its logs or its model file change."""
     parts: list[object] = []
     for name, run in list_runs(path).items():
@@ -90,7 +90,6 @@ def summarize(run: Path) -> dict[str, Any]:
     step = max((record["step"] for record in (last_step, last_eval) if record), default=0)
     is_finished = summary.get("finished") == step and step > 0
     loss = summary if is_finished and "val_loss" in summary else last_eval
-    is_running = is_active(run)
     val_bytes = data.get("val_bytes", 0)
     bits_per_nat = data["val_tokens"] / val_bytes / math.log(2) if val_bytes else None
     text = {
@@ -101,7 +100,7 @@ def summarize(run: Path) -> dict[str, Any]:
     entry = {
         "name": run.name,
         "folder": shlex.quote(str(run)),
-        "state": "finished" if is_finished else "training" if is_running else "stopped",
+        "state": "finished" if is_finished else "training" if is_active(run) else "stopped",
         "step": step,
         "steps": settings.get("steps"),
         "progress": 1.0 if is_finished else last_step.get("progress"),

@@ -23,14 +23,16 @@ MAX_WORK = 500_000
 
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
+PROMPTS = Field(min_length=1, max_length=MAX_SEQUENCES, fail_fast=True)
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0)]],
     Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True),
 ]
+LogitBias = Annotated[float, Field(ge=-100, le=100)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class _StrictModel(BaseModel):
+class StrictModel(BaseModel):
     """A schema without type conversion or unknown fields, in which null means the default."""
 
     model_config = ConfigDict(
@@ -45,7 +47,7 @@ class _StrictModel(BaseModel):
         return {name: value for name, value in data.items() if value is not None}
 
 
-class StreamOptions(_StrictModel):
+class StreamOptions(StrictModel):
     """Options for streaming responses."""
 
     include_usage: bool = False
@@ -54,17 +56,12 @@ class StreamOptions(_StrictModel):
     """Accepted and ignored."""
 
 
-class CompletionRequest(_StrictModel):
+class CompletionRequest(StrictModel):
     """The body of a completion request. A value of null means the default."""
 
     model: Annotated[str, Field(max_length=256)]
     """Name of a model, as listed by /v1/models."""
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_SEQUENCES, fail_fast=True)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_SEQUENCES, fail_fast=True)]
-    ) = ""
+    prompt: str | Annotated[list[str], PROMPTS] | TokenIds | Annotated[list[TokenIds], PROMPTS] = ""
     """Text, token ids, or a list of either. An empty prompt starts a new text."""
     max_tokens: Annotated[int, Field(ge=0, le=MAX_WORK)] = 16
     """Maximum generated tokens per sequence."""
@@ -82,13 +79,9 @@ class CompletionRequest(_StrictModel):
     """Sequences per prompt, with consecutive seeds."""
     seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
     """Seed of the random numbers. [default: a new one for each request]"""
-    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] = Field(
-        [], validate_default=False
-    )
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] = []
     """Strings that end the text; they are not part of it."""
-    logit_bias: Annotated[
-        dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)
-    ] = {}
+    logit_bias: Annotated[dict[str, LogitBias], Field(max_length=1024)] = {}
     """Values added to the logits, by token id."""
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     """Return log-probabilities, with this number of most probable alternatives per token."""
@@ -127,16 +120,9 @@ class CompletionRequest(_StrictModel):
                 message = f"logit_bias: no such token: {token[:40]!r} (limit {vocab_size - 1})."
                 raise ApiError(400, message, "logit_bias")
             bias[int(token)] = value
-        return SamplingConfig(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            logit_bias=bias,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
-        )
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        settings = self.model_dump(include=set(SamplingConfig.model_fields))
+        return SamplingConfig(**settings | {"logit_bias": bias, "stop": stop})
 
 
 class ApiError(HTTPException):
@@ -164,10 +150,8 @@ class ApiError(HTTPException):
 
     def content(self) -> dict[str, Any]:
         """Return the error object of the API."""
-        if self.status_code >= 500:
-            error_type = "server_error"
-        else:
-            error_type = ERROR_TYPES.get(self.status_code, "invalid_request_error")
+        default_type = "server_error" if self.status_code >= 500 else "invalid_request_error"
+        error_type = ERROR_TYPES.get(self.status_code, default_type)
         error = {"message": self.detail, "type": error_type, "param": self.param, "code": self.code}
         return {"error": error}
 
@@ -196,6 +180,11 @@ def internal_error(error: Exception) -> ApiError:
     return ApiError(500, message, code="server_error")
 
 
+def invalid_value(param: str, problem: str, code: str = "invalid_value") -> ApiError:
+    """Return the error response for a request field with an invalid value."""
+    return ApiError(400, f"{param}: {problem}", param, code)
+
+
 def validation_error(problems: Sequence[Any]) -> ApiError:
     """Return the error response for the first invalid field of a request."""
     loc = problems[0]["loc"]
@@ -208,4 +197,4 @@ def validation_error(problems: Sequence[Any]) -> ApiError:
         return ApiError(400, message, param[:80], "unknown_parameter")
     field_problems = [problem for problem in problems if problem["loc"][:2] == loc[:2]]
     messages = dict.fromkeys(problem["msg"].lower() for problem in field_problems)
-    return ApiError(400, f"{param}: {'; or '.join(messages)}.", param, "invalid_value")
+    return invalid_value(param, f"{'; or '.join(messages)}.")

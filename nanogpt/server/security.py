@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from nanogpt.config import ServeConfig
 from nanogpt.server.metrics import Metrics
 from nanogpt.server.schemas import ApiError
 
@@ -33,20 +34,16 @@ class SecurityMiddleware:
 
     Args:
         app: The wrapped application.
-        loopback: Accept only this machine's own names in the Host header. This stops DNS
-            rebinding, where a foreign page gives its own name this server's address.
-        api_key: The key that requests must carry, if any.
-        timeout: Seconds that an API request may take.
+        config: Settings of the server.
         metrics: Receives the count of requests.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, loopback: bool, api_key: str | None, timeout: float, metrics: Metrics
-    ):
+    def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics):
         self.app = app
-        self.loopback = loopback
-        self.api_key = api_key
-        self.timeout = timeout
+        # Only this machine's own names are then accepted in the Host header. This stops DNS
+        # rebinding, where a foreign page gives its own name this server's address.
+        self.loopback = is_loopback(config.host)
+        self.config = config
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,7 +61,9 @@ class SecurityMiddleware:
         is_api = scope["path"].startswith("/v1/")
         try:
             self._check(scope, Headers(scope=scope))
-            async with asyncio.timeout(self.timeout + CLIENT_GRACE_SECONDS if is_api else None):
+            async with asyncio.timeout(
+                self.config.timeout + CLIENT_GRACE_SECONDS if is_api else None
+            ):
                 await self.app(scope, _limit_body(receive), send_counted)
         except (ApiError, TimeoutError) as error:
             # After the headers were sent, the status can no longer change.
@@ -87,8 +86,8 @@ class SecurityMiddleware:
         if not is_read and origin is not None and origin.lower().partition("://")[2] != host:
             message = f"Requests from pages of {origin[:80]!r} are not allowed."
             raise ApiError(403, message, code="wrong_origin")
-        is_public = self.api_key is None or scope["path"] in PUBLIC_PATHS
-        if not is_public and not self._is_authorized(headers.get("authorization", "")):
+        key = None if scope["path"] in PUBLIC_PATHS else self.config.api_key
+        if key is not None and not _is_authorized(headers.get("authorization", ""), key):
             message = "Missing or wrong API key. Send the header Authorization: Bearer KEY."
             # Browsers then ask the user for the key as a password.
             challenge = {"WWW-Authenticate": 'Basic realm="nanogpt", charset="UTF-8"'}
@@ -97,18 +96,18 @@ class SecurityMiddleware:
         if length.isdigit() and int(length) > MAX_BODY_BYTES:
             raise _body_too_large()
 
-    def _is_authorized(self, authorization: str) -> bool:
-        """Check the API key in a header: a bearer token, or a browser's password."""
-        assert self.api_key is not None
-        scheme, _, key = authorization.partition(" ")
-        if scheme.lower() == "basic":
-            try:
-                key = base64.b64decode(key, validate=True).decode().partition(":")[2]
-            except (binascii.Error, UnicodeDecodeError):
-                return False
-        elif scheme.lower() != "bearer":
+
+def _is_authorized(authorization: str, api_key: str) -> bool:
+    """Check the API key in a header: a bearer token, or a browser's password."""
+    scheme, _, key = authorization.partition(" ")
+    if scheme.lower() == "basic":
+        try:
+            key = base64.b64decode(key, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
             return False
-        return hmac.compare_digest(key.strip().encode(), self.api_key.encode())
+    elif scheme.lower() != "bearer":
+        return False
+    return hmac.compare_digest(key.strip().encode(), api_key.encode())
 
 
 def _hostname(host: str) -> str:
