@@ -38,13 +38,13 @@ def ngram_losses(
     for order, name in enumerate(("unigram", "bigram", "trigram"), start=1):
         if len(train_ids) < order or len(val_ids) <= order:
             break
-        codes = _encode_ngrams(train_ids, order, num_symbols)
+        codes = encode_ngrams(train_ids, order, num_symbols)
         codes.sort()  # in place, to save memory
         ngrams, _, counts = _runs(codes)
         # The n-grams are sorted, so those with the same context are adjacent.
         contexts, starts, num_successors = _runs(ngrams // num_symbols)
         context_counts = np.add.reduceat(counts, starts)
-        val_ngrams = _encode_ngrams(val_ids, order, num_symbols)
+        val_ngrams = encode_ngrams(val_ids, order, num_symbols)
         val_contexts = val_ngrams // num_symbols
         c = _lookup(contexts, context_counts, val_contexts)
         u = _lookup(contexts, num_successors, val_contexts)
@@ -57,7 +57,7 @@ def ngram_losses(
     return losses
 
 
-def _encode_ngrams(ids: np.ndarray, order: int, num_symbols: int) -> np.ndarray:
+def encode_ngrams(ids: np.ndarray, order: int, num_symbols: int) -> np.ndarray:
     """Encode each n-gram as one int64 in base `num_symbols`, which may be up to two million."""
     num_ngrams = len(ids) - order + 1
     codes = np.zeros(num_ngrams, np.int64)

@@ -148,7 +148,7 @@ def test_ngram_losses_of_a_large_vocabulary_equal_slow_counting():
     tokens = np.concatenate(
         [np.arange(2_000_000, dtype=np.uint32), tokens, tokens[:200]]
     )  # three of them as one number just fit into 64 bits
-    assert baselines._encode_ngrams(tokens[-3:].astype(np.int64), 3, 2_000_000) == sum(
+    assert baselines.encode_ngrams(tokens[-3:].astype(np.int64), 3, 2_000_000) == sum(
         int(t) * 2_000_000**i for i, t in enumerate(tokens[:-4:-1])
     )
     losses = ngram_losses(tokens[2_000_000:-200], tokens[-200:])

@@ -190,7 +190,7 @@ def test_slash_commands_change_settings():
         "/num-samples 2",
         "/max_tokens 7",
     ):
-        settings = interactive._apply_setting_command(settings, line)
+        settings = interactive.apply_setting_command(settings, line)
     assert {
         "top_k": 5,
         "temperature": 0.5,
@@ -200,7 +200,7 @@ def test_slash_commands_change_settings():
         "max_tokens": 7,
     }.items() <= settings.items()
     for line in ("/top-k", "/seed", "/num-samples", "/stop"):
-        settings = interactive._apply_setting_command(settings, line)
+        settings = interactive.apply_setting_command(settings, line)
     assert {
         "top_k": None,
         "temperature": 0.5,
@@ -218,7 +218,7 @@ def test_slash_commands_change_settings():
         "/",
     ):
         with pytest.raises(UserError):
-            interactive._apply_setting_command(settings, line)
+            interactive.apply_setting_command(settings, line)
 
 
 class Terminal:

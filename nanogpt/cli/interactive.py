@@ -113,7 +113,7 @@ def chat_loop(
             if line.strip() == "/quit":
                 return
             if line.startswith("/"):
-                settings = _apply_setting_command(settings, line)
+                settings = apply_setting_command(settings, line)
             else:
                 answer(line)
         except UserError as error:
@@ -131,7 +131,7 @@ def _to_sampling_config(settings: dict[str, Any]) -> SamplingConfig:
     )
 
 
-def _apply_setting_command(settings: dict[str, Any], line: str) -> dict[str, Any]:
+def apply_setting_command(settings: dict[str, Any], line: str) -> dict[str, Any]:
     """Return the settings after a line such as "/top-k 10"; without a value, the default.
 
     Raises:

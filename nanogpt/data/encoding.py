@@ -28,7 +28,7 @@ EXTRACT = (
 )
 RENAME_TABLE = "Rename it to end in .parquet; `text_field` names the column with the text."
 
-# By the first bytes of such a file: what it is, and what to do.
+# Formats by their first bytes, each with a description and advice.
 SIGNATURES = {
     b"%PDF": ("a PDF document", CONVERT),
     b"{\\rtf": ("an RTF document", CONVERT),
