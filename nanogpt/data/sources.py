@@ -246,7 +246,8 @@ def _shakespeare() -> list[Source]:
     """Return Tiny Shakespeare, which is downloaded to the cache folder once."""
     path = cache_dir() / "shakespeare.txt"
     if is_cached := path.exists():
-        content, name, fix = path.read_bytes(), str(path), f"Remove {path}."
+        content = path.read_bytes()
+        name, fix = str(path), f"Remove {path}."
     else:
         name = f"The download from {SHAKESPEARE_URL}"
         fix = f"Put the file at {path}, or use `python-docs`, which needs no download."
