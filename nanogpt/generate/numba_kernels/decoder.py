@@ -267,11 +267,11 @@ def pack_weights(model: GPT, precision: Precision) -> structs.Weights:
     }
     for name, linears in layers.items():
         num_parts = 2 if name == "up_proj" and is_qwen3 else 1  # gates and values
-        packed = [
+        matrices = [
             pack_panels(*quantize(linear.weight, precision), linear.bias, num_parts)
             for linear in linears
         ]
-        panels, scale_biases = map(torch.stack, zip(*packed, strict=True))
+        panels, scale_biases = map(torch.stack, zip(*matrices, strict=True))
         tensors |= {name: panels, f"{name}_scale_bias": scale_biases}
     tensors["lm_head"], tensors["lm_head_scale_bias"] = pack_panels(lm_head, lm_head_scale, None)
     return structs.Weights(**{name: _to_numpy(tensor) for name, tensor in tensors.items()})
