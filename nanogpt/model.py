@@ -41,7 +41,8 @@ def rms_normalize(x: Tensor) -> Tensor:
 def uninitialized_embedding(num_rows: int, width: int) -> nn.Embedding:
     """Return an embedding whose weight `init_weights` or a model file fills in.
 
-    `nn.Embedding` would draw initial values, which on the "meta" device imports the compiler.
+    The constructor of `nn.Embedding` draws initial values. On the "meta" device, where models are
+    built before their weights are read, that would also import PyTorch's compiler: a second.
     """
     return nn.Embedding.from_pretrained(torch.empty(num_rows, width), freeze=False)
 
@@ -49,8 +50,8 @@ def uninitialized_embedding(num_rows: int, width: int) -> nn.Embedding:
 def gelu(x: Tensor) -> Tensor:
     """Apply the GELU in its tanh form (Hendrycks and Gimpel 2016, section 2), as GPT-2 does."""
     if torch.compiler.is_compiling():
-        # The sigmoid form costs less: tanh(u) = 2 sigmoid(2u) - 1. The factors are sqrt(8 / pi)
-        # and 0.044715 sqrt(8 / pi).
+        # The sigmoid form costs less: 0.5 x (1 + tanh(u)) = x sigmoid(2u), and the factors of 2u
+        # are sqrt(8 / pi) and 0.044715 sqrt(8 / pi).
         return x * torch.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))
     return F.gelu(x, approximate="tanh")
 
@@ -73,7 +74,10 @@ def rope_cos_sin(positions: Tensor, head_dim: int, theta: float) -> Tensor:
 
 
 def apply_rotary_emb(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotate the channel pairs (i, i + D / 2) of x (B, H, T, D), as Qwen3 orders them."""
+    """Rotate the channel pairs (i, i + D / 2) of x (B, H, T, D), as Qwen3 orders them.
+
+    `cos_sin` is (2, 1 or B, 1, T, D / 2), the same for all heads.
+    """
     cos, sin = cos_sin[0], cos_sin[1]
     x1, x2 = x.chunk(2, dim=3)  # (B, H, T, D / 2)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=3)
@@ -99,7 +103,9 @@ class KVCache:
         self.k = k  # (n_layer, B, K, context_length, D)
         self.v = v
         self.lengths = lengths  # (B,), the number of tokens in each row
-        # `advance` sets these for the `update` calls of one forward pass.
+        # `advance` sets these for the `update` calls of one forward pass: S, the tokens of the
+        # longest row with the new ones, and for rows of unequal lengths where each stores its new
+        # token: rows and positions, (B,) each.
         self.seq_len = 0
         self.scatter_index: tuple[Tensor, Tensor] | None = None
 
@@ -133,6 +139,7 @@ class KVCache:
             self.scatter_index = None
             positions = torch.arange(self.seq_len - T, self.seq_len, device=device).unsqueeze(0)
         else:
+            # A copy, because from_numpy shares memory and `lengths` changes below.
             positions = torch.from_numpy(self.lengths[:, None].copy()).to(device)
             self.scatter_index = (torch.arange(len(positions), device=device), positions[:, 0])
         self.lengths += T  # in place: this may be a slice of a larger cache
@@ -148,7 +155,7 @@ class KVCache:
             if self.scatter_index is None:
                 cached[:, :, self.seq_len - new.shape[2] : self.seq_len] = new
             else:
-                rows, positions = self.scatter_index
+                rows, positions = self.scatter_index  # (B,) each; with the slice: (B, K, D)
                 cached[rows, :, positions] = new[:, :, 0]
         return self.k[layer, :, :, : self.seq_len], self.v[layer, :, :, : self.seq_len]
 
@@ -169,8 +176,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_size
         self.window = config.attention_window
         self.is_qwen3 = config.arch == "qwen3"
-        # Of the attention probabilities. `qwen3` has dropout in the residual stream only, so that
-        # SDPA can be used in training.
+        # Dropout of the attention probabilities. `qwen3` drops in the residual stream only, so
+        # that SDPA can be used in training.
         self.attn_dropout = 0.0 if self.is_qwen3 else config.dropout
         self.attn_implementation = "sdpa"
         num_qkv_heads = self.n_head + 2 * self.n_kv_head
@@ -194,8 +201,9 @@ class Attention(nn.Module):
         Args:
             x: The normalized residual stream, (B, T, C).
             cos_sin: The result of `rope_cos_sin`, for `qwen3`.
-            mask: The mask of `ops.causal_mask`, (1 or B, 1, T, S). None where `needs_mask` is
-                False, and if T is above ATTN_CHUNK_SIZE: then each chunk makes its own.
+            mask: The mask of `ops.causal_mask`, (1 or B, 1, T, S). None if neither `needs_mask`
+                nor rows of unequal lengths ask for one, and if T is above ATTN_CHUNK_SIZE: then
+                `ops.chunked_attention` makes the masks.
             dropout_seeds: Seeds of the dropout of attention probabilities, (B,), or None.
             cache: A cache to extend by these tokens and to attend to, or None.
 
@@ -220,7 +228,7 @@ class Attention(nn.Module):
                 y = ops.chunked_attention(
                     self.attend, (q, k, v), self.window, ATTN_CHUNK_SIZE, dropout_seeds
                 )
-        y = y.reshape(B, self.n_head, T, self.head_dim)
+        y = y.reshape(B, self.n_head, T, self.head_dim)  # undoes the view of T == 1
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D)
         return self.o_proj(y)
 
@@ -252,7 +260,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Return softmax(q k^T / sqrt(D) + mask) v, (B, H, T, D).
 
-        `is_causal` is read where there is no mask, by SDPA; eager attention needs the mask.
+        `is_causal` has an effect only in SDPA without a mask; eager attention applies the mask
+        alone.
         """
         if self.uses_sdpa(dropout_seeds):
             attn_mask = None if mask is None else mask.to(q.dtype)
@@ -269,7 +278,8 @@ class Attention(nn.Module):
     def needs_mask(self, T: int, S: int, dropout_seeds: Tensor | None) -> bool:
         """Return whether attention from T queries to S keys needs an explicit mask.
 
-        One query attends to every key, and SDPA has a causal mask of its own for T == S.
+        One query attends to every key of its row, and SDPA masks by itself for T == S. Rows of
+        unequal lengths also need a mask, see `GPT.forward_hidden`.
         """
         if self.window is not None:
             return True
@@ -318,7 +328,10 @@ class Block(nn.Module):
         dropout_seeds: Tensor | tuple[None, None, None],
         cache: KVCache | None,
     ) -> Tensor:
-        """Transform x (B, T, C); `dropout_seeds` is (3, B) or None three times, see `Attention`."""
+        """Transform x (B, T, C); arguments as in `Attention.forward`.
+
+        `dropout_seeds` is (3, B), or None three times.
+        """
         attn_seed, resid_seed, mlp_seed = dropout_seeds
         attn_out = self.attn(self.ln_1(x), cos_sin, mask, attn_seed, cache)
         x = x + ops.dropout(attn_out, self.dropout, resid_seed)
@@ -380,7 +393,7 @@ class GPT(nn.Module):
         if T <= ATTN_CHUNK_SIZE and (has_ragged_rows or attn.needs_mask(T, S, dropout_seeds)):
             mask = ops.causal_mask(positions, S, attn.window).unsqueeze(1)  # (B or 1, 1, T, S)
 
-        # Three seeds per block, and three for the embedding, which uses one.
+        # Three seeds per block and three for the embedding, of which `gpt2` uses one.
         num_groups = len(self.blocks) + 1
         seeds: Tensor | list[tuple[None, None, None]] = [(None, None, None)] * num_groups
         if dropout_seeds is not None:
@@ -445,7 +458,7 @@ class GPT(nn.Module):
         `gpt2` is initialized as GPT-2: standard deviation 0.02, and residual projections divided by
         sqrt(2 n_layer). In `qwen3` matrices preserve the scale of their input. Residual projections
         start at zero, so that each block starts as the identity (Zhang et al. 2019, "Fixup",
-        section 3.2), and so does the output layer, so that the first prediction is uniform.
+        section 3.2). An untied output layer starts at zero too: the first prediction is uniform.
         """
         for name, parameter in self.named_parameters():
             self.init_param(name, parameter, generator)
@@ -472,9 +485,9 @@ class GPT(nn.Module):
             parameter.normal_(0.0, std, generator=generator)
 
     def muon_param_splits(self) -> dict[str, list[int]]:
-        """Return how Muon splits each matrix of the blocks: its name and the rows of each part.
+        """Return, by the name of each matrix of the blocks, the number of rows of its parts.
 
-        Stacked matrices are orthogonalized separately: queries, keys and values, gate and up.
+        Muon orthogonalizes each part separately: queries, keys and values; gate and up.
         """
         config = self.config
         qkv_heads = (config.n_head, config.num_kv_heads, config.num_kv_heads)

@@ -23,7 +23,8 @@ from nanogpt.splitmix import mix64, random_bits
 IGNORE_INDEX = -100
 # Operating systems limit the files that a process may hold open.
 MAX_OPEN_SHARDS = 64
-# The random bits of an epoch are those of a row with this index, which no batch reaches.
+# The third argument of `random_bits` is the row of a batch, or for an epoch a number from here on,
+# which no row reaches. So the two never share random bits.
 EPOCH_STREAM = 2**40
 FEISTEL_ROUNDS = 4
 
@@ -46,6 +47,7 @@ class MemmapTokens:
         self.dtype = token_dtype(vocab_size)
         sizes = [path.stat().st_size // self.dtype.itemsize for path in paths]
         self.shard_offsets = [0, *accumulate(sizes)]
+        # The cache keeps the shards open that were used last.
         open_shard = partial(np.memmap, dtype=self.dtype, mode="r")
         self._open_shard = lru_cache(MAX_OPEN_SHARDS)(open_shard)
 
@@ -58,7 +60,7 @@ class MemmapTokens:
         segments = []
         shard = bisect_right(self.shard_offsets, start) - 1
         while start < stop:
-            offset = self.shard_offsets[shard]
+            offset = self.shard_offsets[shard]  # NumPy ends the slice at the end of the shard.
             segments.append(self._open_shard(self.paths[shard])[start - offset : stop - offset])
             shard += 1
             start = self.shard_offsets[shard]
@@ -115,9 +117,9 @@ def window_offsets(
 ) -> np.ndarray:
     """Return the position of the first token of each window, (B,) uint64.
 
-    An epoch reads each window once. It leaves out less than two windows of tokens, at the ends of
-    the text, and others in each epoch, because its offset is random. Windows at independent random
-    positions would leave out a fraction 1/e of the text in as many draws.
+    An epoch reads each window once. It starts at a random offset, and leaves out the tokens before
+    it and after the last window: less than two windows in all. As many windows at independent
+    random positions would leave out a fraction 1/e of the text.
 
     Args:
         num_tokens: Tokens of the training split.
@@ -148,8 +150,9 @@ class DocumentWindows:
         self.context_length = context_length
         num_targets = np.diff(self.document_offsets) - 1
         windows_per_document = -(-num_targets // context_length)  # rounded up
-        self.window_offsets = np.append(0, windows_per_document.cumsum())
-        self.windows_per_epoch = int(self.window_offsets[-1])
+        # The index of each document's first window, and the number of windows.
+        self.first_windows = np.append(0, windows_per_document.cumsum())
+        self.windows_per_epoch = int(self.first_windows[-1])
         assert self.windows_per_epoch > 0, "no document has two tokens"
 
     def locate(self, seed: int, window_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -161,8 +164,8 @@ class DocumentWindows:
         """
         _, index = _shuffled_position(seed, window_ids, self.windows_per_epoch)
         window = index.astype(np.int64)
-        document = np.searchsorted(self.window_offsets, window, side="right") - 1
-        window_in_document = window - self.window_offsets[document]
+        document = np.searchsorted(self.first_windows, window, side="right") - 1
+        window_in_document = window - self.first_windows[document]
         start = self.document_offsets[document] + window_in_document * self.context_length
         return start, self.document_offsets[document + 1]
 
@@ -187,10 +190,10 @@ def _feistel_permutation(
     below ("cycle walking"; Black and Rogaway 2002, "Ciphers with arbitrary finite domains",
     section 4).
     """
-    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))  # of size - 1, rounded up
     half_mask = (np.uint64(1) << half_bits) - np.uint64(1)
     values = indices
-    out_of_range = np.ones(len(indices), bool)
+    out_of_range = np.ones(len(indices), bool)  # Permute each index at least once.
     while out_of_range.any():
         left = values >> half_bits
         right = values & half_mask

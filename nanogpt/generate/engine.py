@@ -82,10 +82,14 @@ class Engine:
         if cancelled:
             self.waiting = deque(seq for seq in self.waiting if not seq.is_cancelled)
             self._set_running([seq for seq in self.running if not seq.is_cancelled])
-        return [StepOutput(seq, "", None, 0.0, finish_reason="cancelled") for seq in cancelled]
+        return [self._empty_output(seq, "cancelled") for seq in cancelled]
+
+    @staticmethod
+    def _empty_output(seq: Sequence, finish_reason: str) -> StepOutput:
+        return StepOutput(seq, text="", token_id=None, logprob=0.0, finish_reason=finish_reason)
 
     def _admit(self) -> list[StepOutput]:
-        """Move waiting sequences into free slots, the lowest first.
+        """Move waiting sequences into free slots, the lowest slot first.
 
         This keeps used slots adjacent: a decoder may have to compute the free slots between them. A
         request for 0 tokens finishes here.
@@ -98,7 +102,7 @@ class Engine:
         while self.waiting and free:
             seq = self.waiting.popleft()
             if seq.request.settings.max_tokens == 0:
-                outputs.append(StepOutput(seq, "", None, 0.0, finish_reason="length"))
+                outputs.append(self._empty_output(seq, "length"))
                 continue
             seq.slot = free.popleft()
             self._set_running([*self.running, seq])
@@ -106,7 +110,7 @@ class Engine:
 
     def _set_running(self, sequences: list[Sequence]) -> None:
         self.running = sorted(sequences, key=lambda seq: seq.slot)
-        self.sampler = None
+        self.sampler = None  # It holds the settings of each row; `_sample` makes a new one.
 
     def _run(self) -> ModelOutput:
         """Run one prefill or decode step of all running sequences, or several of a single one."""
@@ -118,6 +122,7 @@ class Engine:
             num_steps = self.multi_step.num_steps(self.running[0])
             if num_steps > 1:
                 return self.multi_step.run(self.running[0], num_steps)
+        # One random number in [0, 1) per sequence decides which token is sampled.
         uniforms = [seq.uniforms(1)[0] for seq in self.running]
         return ModelOutput(self.running, uniforms, self._forward())
 
@@ -131,7 +136,7 @@ class Engine:
             decoded = self.decoder.decode(slots, [seq.token_ids[-1] for seq in decodes])
             if not prefills:
                 return decoded
-            logits |= zip(decodes, decoded, strict=True)
+            logits.update(zip(decodes, decoded, strict=True))
         logits |= {seq: self.decoder.prefill(seq.slot, seq.window) for seq in prefills}
         for seq in prefills:
             seq.needs_prefill = False
@@ -145,6 +150,7 @@ class Engine:
         logits = output.logits  # changed in place
         logits += self.logit_mask
         tokens = self._sample(output)
+        # Log-probabilities are logits - log_sums. Ufuncs have less overhead than np.max and np.sum.
         logits -= np.maximum.reduce(logits, axis=1, keepdims=True)
         log_sums = np.log(np.add.reduce(np.exp(logits), axis=1)).tolist()
         outputs: list[StepOutput] = []
@@ -152,10 +158,10 @@ class Engine:
             num_logprobs = seq.request.num_logprobs
             top = _top_logprobs(logits[row] - log_sums[row], num_logprobs) if num_logprobs else []
             outputs.append(seq.append(token, logits.item(row, token) - log_sums[row], top))
-            # The rows of a multi-step call are steps of one sequence: stop at the first one that
-            # followed a token other than the one sampled here. Other rows are always accepted.
-            is_last = outputs[-1].finish_reason is not None
-            if self.multi_step and not self.multi_step.accept(output, row, is_last):
+            # In a multi-step call the decoder chose the token after each row to compute the next
+            # row. If the token sampled here is another one, the next rows are dropped.
+            is_finished = outputs[-1].finish_reason is not None
+            if self.multi_step and not self.multi_step.accept(output, row, is_finished):
                 break
         finished = {step.sequence for step in outputs if step.finish_reason}
         if finished:

@@ -70,17 +70,17 @@ class MultiStepRunner:
         )
         return ModelOutput([sequence] * num_steps, uniforms, logits, decoded)
 
-    def accept(self, output: ModelOutput, row: int, is_last: bool) -> bool:
+    def accept(self, output: ModelOutput, row: int, is_finished: bool) -> bool:
         """Return True if the next row is valid after this one's token; roll back if not.
 
         Args:
             output: The result of `run`.
             row: The row whose token was just appended to the sequence.
-            is_last: True if this token ends the sequence.
+            is_finished: True if this token ends the sequence.
         """
         sequence = output.sequences[row]
         num_unchecked = len(output.decoded) - row
-        if num_unchecked <= 0 or not (is_last or sequence.token_ids[-1] != output.decoded[row]):
+        if num_unchecked <= 0 or not (is_finished or sequence.token_ids[-1] != output.decoded[row]):
             return True
         self.decoder.rollback(sequence.slot, num_unchecked)
         return False

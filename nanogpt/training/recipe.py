@@ -2,8 +2,8 @@
 
 The shape is the one with the lowest loss that a scaling law predicts (Hoffmann et al. 2022,
 section 3.3) for the tokens that the machine can train on in that time. `benchmarks/recipe.py`
-fits the constants to `benchmarks/recipe.csv`, character-level runs on one English text. A larger
-vocabulary enters only through its cost.
+fits the constants to `benchmarks/recipe.csv`, character-level runs on one English text. The size
+of the vocabulary changes the time per token, not the predicted loss.
 """
 
 import math
@@ -33,8 +33,8 @@ MAX_PARAMETERS_PER_TOKEN = 18
 
 WEIGHT_DECAY = 0.05
 # Above this many epochs, Muon's weight decay shrinks weights by e^-DECAY_PER_EPOCH per epoch at the
-# peak learning rate. The weights' moving average then has a timescale of 1 / DECAY_PER_EPOCH epochs
-# (Wang & Aitchison 2024). Ablations: docs/experiments.md.
+# peak learning rate. The weights are then a moving average of their updates with a timescale of
+# 1 / DECAY_PER_EPOCH epochs (Wang & Aitchison 2024). Ablations: docs/experiments.md.
 MULTI_EPOCH_THRESHOLD = 3
 DECAY_PER_EPOCH = 1.4
 # Epochs of fewer steps count as this many, so that the weight decay of a tiny text stays bounded.
@@ -58,7 +58,7 @@ TIMING_TOKENS = 2048
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """A fit of loss - floor = A / N^alpha + B / D^beta.
+    """A fit of the loss above that of a perfect model: A / N^alpha + B / D^beta.
 
     N counts parameters of the block matrices and D training tokens, both in millions. Tokens of
     repeated epochs count for less: `repeat_decay` is R*_D of Muennighoff et al. 2023, equation 5.
@@ -109,12 +109,14 @@ def choose_settings(
     Raises:
         UserError: If the user's settings contradict each other.
     """
+    # A short text still gives several windows.
     context_length = min(CONTEXT_LENGTH, max(1, train_tokens // 4))
     base = {"arch": "qwen3", "context_length": context_length} | user_settings
+    # Of all processes together, each of which trains on tokens of its own.
     train_seconds = world_size * max(1.0, MIN_TRAIN_FRACTION * seconds, seconds - TEARDOWN_SECONDS)
-    model, tokens_seen = _best_shape(base, train_seconds, train_tokens, vocab_size, machine)
+    model, tokens_in_time = _best_shape(base, train_seconds, train_tokens, vocab_size, machine)
     max_tokens = MAX_EPOCHS * train_tokens
-    num_sequences = min(tokens_seen, max_tokens) / model.context_length
+    num_sequences = min(tokens_in_time, max_tokens) / model.context_length
     batch_size, steps = _choose_batch_size(num_sequences, machine, user_settings, world_size)
     num_evaluations = max(2, min(10, round(seconds / SECONDS_PER_EVALUATION)))
     eval_every = max(1, round(steps / num_evaluations))
@@ -126,16 +128,17 @@ def choose_settings(
     context_reason = "the text is short" if is_short else "a paragraph of context"
     minutes = user_settings.get("minutes") or seconds / 60
     shape = {"n_layer": model.n_layer, "n_embd": model.n_embd, "n_head": model.n_head}
-    about_steps = f"about {float(f'{steps:.2g}'):,.0f} steps"
+    rounded_steps = float(f"{steps:.2g}")
+    about_steps = f"about {rounded_steps:,.0f} steps"
     per_token = f"{non_embedding_matmul_params(model) / train_tokens:.2g} parameters per token"
-    too_long = f"at most {MAX_EPOCHS} epochs; the time allows more"
+    epochs_reason = f"at most {MAX_EPOCHS} epochs; the time allows more"
     choices: list[tuple[str, dict[str, Any]]] = [
         ("learns faster than gpt2", {"arch": base["arch"]}),
         (context_reason, {"context_length": model.context_length}),
         (f"lowest predicted loss in {minutes:.3g} min", shape),
         (about_steps, {"batch_size": batch_size, "eval_every": eval_every}),
         (f"{epochs:.2g} epochs, {per_token}", regularization),
-        (too_long, {"steps": math.ceil(steps)} if tokens_seen > max_tokens else {}),
+        (epochs_reason, {"steps": math.ceil(steps)} if tokens_in_time > max_tokens else {}),
         (f"rates for {about_steps}", optimizer_choice),
     ]
     return [
@@ -178,7 +181,7 @@ def _regularization(epochs: float, steps: float, settings: dict[str, Any]) -> di
 def _best_shape(
     base: dict[str, Any], seconds: float, train_tokens: int, vocab_size: int, machine: Machine
 ) -> tuple[ModelConfig, float]:
-    """Return the shape with the lowest predicted loss and the tokens it sees in the time.
+    """Return the shape with the lowest predicted loss, and the tokens that fit into the time.
 
     The search runs from small to large. It stops at two shapes in a row that are no better, because
     a single timing can be disturbed by other programs.
@@ -190,10 +193,10 @@ def _best_shape(
         num_params = non_embedding_matmul_params(model)
         if best is not None and num_params > MAX_PARAMETERS_PER_TOKEN * train_tokens:
             break
-        tokens_seen = seconds / seconds_per_token(model, vocab_size, machine)
-        loss = predicted_loss(num_params, min(tokens_seen, max_tokens), train_tokens)
+        tokens_in_time = seconds / seconds_per_token(model, vocab_size, machine)
+        loss = predicted_loss(num_params, min(tokens_in_time, max_tokens), train_tokens)
         if best is None or loss <= best[0] - MIN_LOSS_GAIN:
-            best, num_worse = (loss, model, tokens_seen), 0
+            best, num_worse = (loss, model, tokens_in_time), 0
             continue
         num_worse += 1
         if num_worse == 2:
@@ -204,9 +207,10 @@ def _best_shape(
 
 def _candidate_config(base: dict[str, Any], n_layer: int, n_embd: int) -> ModelConfig:
     """Return a valid shape near (n_layer, n_embd) that keeps the settings in `base`."""
-    heads = base.get("n_head") or base.get("n_kv_head") or 1
     if "n_embd" not in base:
-        n_embd = max(1, round(n_embd / (2 * heads))) * 2 * heads
+        # Each head needs an even number of channels, because RoPE rotates pairs.
+        multiple = 2 * (base.get("n_head") or base.get("n_kv_head") or 1)
+        n_embd = max(1, round(n_embd / multiple)) * multiple
     shape = {"n_layer": n_layer, "n_embd": n_embd}
     shape |= {name: value for name, value in base.items() if name in ModelConfig.model_fields}
     n_head = num_heads_for(shape["n_embd"], base.get("n_kv_head") or 1)
@@ -232,13 +236,14 @@ def optimizer_settings(steps: float, optimizer: str = "muon") -> dict[str, Any]:
     """Return the optimizer, peak learning rates and schedule for a run of `steps` steps.
 
     Shorter runs get higher rates. The longest run in benchmarks/recipe.csv has 4,050 steps; rates
-    beyond it are extrapolated. AdamW's rate is a fixed fraction of Muon's.
+    beyond it are extrapolated. AdamW's rate is 1/5 of Muon's for the parameters beside Muon's, and
+    1/20 of it if AdamW trains all.
     """
-    peak = min(0.06, max(0.015, 0.03 * (800 / steps) ** 0.35))
+    muon_rate = min(0.06, max(0.015, 0.03 * (800 / steps) ** 0.35))
     return {
         "optimizer": optimizer,
-        "learning_rate": round(peak / 5 if optimizer == "muon" else peak / 20, 4),
-        "muon_learning_rate": round(peak, 3),
+        "learning_rate": round(muon_rate / 5 if optimizer == "muon" else muon_rate / 20, 4),
+        "muon_learning_rate": round(muon_rate, 3),
         "warmup_steps": 20,
         "cooldown_fraction": 0.7,
     }
@@ -255,14 +260,14 @@ def muon_weight_decay(epochs: float, steps: float, learning_rate: float) -> floa
 def num_heads_for(n_embd: int, n_kv_head: int = 1) -> int:
     """Return a number of heads that divides `n_embd` and is a multiple of `n_kv_head`.
 
-    Heads have about 64 channels, or about 32 in models narrower than 128, and an even number of
-    them, because RoPE rotates pairs of channels.
+    Heads have about 64 channels, or about 32 in models narrower than 128. The number of channels is
+    even, because RoPE rotates pairs.
     """
     max_heads = max(n_kv_head, n_embd // (64 if n_embd >= 128 else 32))
     for heads in range(max_heads, 0, -1):
         if n_embd % (2 * heads) == 0 and heads % n_kv_head == 0:
             return heads
-    return n_kv_head
+    return n_kv_head  # None fits: `resolve` reports it.
 
 
 def seconds_per_token(model: ModelConfig, vocab_size: int, machine: Machine) -> float:
@@ -274,7 +279,8 @@ def seconds_per_token(model: ModelConfig, vocab_size: int, machine: Machine) -> 
     model = model.model_copy(update={"context_length": context_length})
     tokens = TIMING_TOKENS if machine.device.type != "cuda" else 8 * TIMING_TOKENS
     batch_size = max(1, tokens // context_length)
-    # Round the vocabulary up, so that texts with similar vocabularies share a measurement.
+    # Round the vocabulary up to a multiple of 128, or of 1/32 to 1/16 of its size, so that texts
+    # with similar vocabularies share a measurement.
     granularity = max(128, 2 ** vocab_size.bit_length() // 32)
     vocab_size = -(-vocab_size // granularity) * granularity
 

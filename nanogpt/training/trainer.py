@@ -67,8 +67,8 @@ class RunContext:
 class Trainer:
     """Trains a model from `state` to the end of the run.
 
-    Each rank computes its own sequences of every batch. The consumer of the events runs between
-    steps, so each event is logged before the next save.
+    Each rank computes its own sequences of every batch. `train` is a generator and pauses while the
+    caller handles an event, so each event is logged before the next save.
     """
 
     def __init__(
@@ -92,12 +92,14 @@ class Trainer:
         self.context_length = model.config.context_length
         self.loader = BatchLoader(data, settings, self.context_length, self.machine, dist)
         self.loss = TrainLoss(model, self.machine, dist)
+        # Rank 0 alone watches the clock; `dist.any_rank` tells the others.
         self.budget = TimeBudget(
             settings, state, context.start_time, time.monotonic, enforce=dist.is_main_process
         )
-        batch_size, config_path = len(self.loader.rows), self.run_dir / "config.toml"
+        local_batch_size = len(self.loader.rows)
+        config_path = self.run_dir / "config.toml"
         self.memory_recovery = MemoryRecovery(
-            model, settings, batch_size, config_path, is_enabled=dist.world_size == 1
+            model, settings, local_batch_size, config_path, is_enabled=dist.world_size == 1
         )
         self.stragglers = StragglerDetector(self.machine, dist, self.run_dir / "ranks.jsonl")
         self.checkpointer = Checkpointer(self.run_dir, model, optimizer, data.tokenizer, dist)
@@ -109,17 +111,20 @@ class Trainer:
             UserError: The loss is not finite, or memory or the disk is full. The last save stays.
         """
         state = self.state
-        smallest_batch = f"one sequence of {self.context_length:,} tokens"
+        # What runs out of memory in the end: memory recovery makes the batches smaller before.
+        oom_subject = f"one sequence of {self.context_length:,} tokens"
+        # A resumed run may be complete already; a new run takes at least one step.
         is_resumed = state.step > 0
         done = is_resumed and (self.budget.has_all_steps() or self.should_early_stop())
         if not done:
-            with explain_oom(smallest_batch):
+            with explain_oom(oom_subject):
                 self.prepare()
+            # Preparing takes time, which may have been the last of the limit.
             (done,) = self.dist.any_rank(is_resumed and self.budget.is_done())
         if "init_from" in self.data.metadata and state.initial_val_loss is None:
             yield self.evaluate_initial()
         while not done:
-            with explain_oom(smallest_batch):
+            with explain_oom(oom_subject):
                 step_end = self.step()
             yield step_end
             (budget_done,) = self.dist.any_rank(self.budget.is_done())
@@ -151,13 +156,14 @@ class Trainer:
             communicate: False skips the exchange of gradients between ranks, for timing.
 
         Returns:
-            The loss summed over this rank's targets, and the norm of all gradients, both ().
+            The loss summed over this rank's targets, and the norm of all gradients, both scalars.
         """
         batch = self.loader.get(self.state.step)
-        # DDP and FSDP average the gradients over the ranks. Divide by the targets of one rank, so
-        # that the average is the gradient of the mean loss over the targets of all ranks.
+        # `num_targets` counts the targets of all ranks, and DDP and FSDP average the gradients over
+        # the ranks. Dividing by the mean number per rank gives the gradient of the mean loss.
         loss_divisor = batch.num_targets / self.dist.world_size
 
+        # A function, because `memory_recovery` repeats it in smaller parts if memory runs out.
         def forward_backward() -> Tensor:
             loss_sum = torch.zeros((), device=self.machine.device)
             micro_batches = batch.split(self.memory_recovery.micro_batch_size)
@@ -238,7 +244,7 @@ class Trainer:
             step_seconds = min(self.timed_dry_run() for _ in range(2))
             (self.budget.ema_step_seconds,) = self.dist.broadcast_numbers(step_seconds)
         num_val_tokens = len(self.data.val)
-        if not state.expected_steps:
+        if not state.expected_steps:  # A resumed run keeps the plan of its start.
             num_steps = self.budget.estimate_num_steps()
             (state.expected_steps,) = self.dist.broadcast_numbers(num_steps)
             state.val_tokens = val_token_budget(
@@ -250,6 +256,7 @@ class Trainer:
                 self.machine,
                 self.validation_loss,
                 self.sample,
+                # `finish` evaluates everything, unless the last evaluation did (None).
                 num_eval_tokens=num_val_tokens + (state.val_tokens or 0),
                 num_sample_tokens=SAMPLE_SETTINGS.max_tokens,
                 model_bytes=sum(p.nbytes for p in self.model.parameters()),
@@ -334,13 +341,16 @@ class Trainer:
             decoder = TorchDecoder(self.model, self.machine.for_decoding())
             engine = Engine(decoder, self.data.tokenizer, unseen)
             engine.add(Request(prompt, settings, self.settings.seed))
-            texts = [output.text for outputs in iter(engine.step, []) for output in outputs]
+            texts = []
+            while engine.has_work:
+                texts += [output.text for output in engine.step()]
         return events.SampleEnd(self.state.step, "".join(texts))
 
     def save(self) -> Iterator[events.Event]:
         """Save the training state; before the first evaluation, also the model.
 
-        Evaluations save the best model. Until the first one, this lets others sample the run.
+        Evaluations save the best model. Saving it here until the first one makes the run ready to
+        be sampled.
         """
         yield events.SaveStart(self.state.step)
         yield from self.checkpointer.wait_for_pending_save()
@@ -355,12 +365,13 @@ class Trainer:
         if state.val_tokens is None and "val_loss_sum" in best:
             # Evaluations during the run covered the full split.
             names = ("loss_sum", "tokens", "bytes", "words")
-            loss = EvalLoss(*(best[f"val_{name}"] for name in names))
+            loss = EvalLoss(**{name: best[f"val_{name}"] for name in names})
         else:
             loss = self.validation_loss(None)
         diagnosis = diagnose(
             state.history, baselines, loss.loss, self.settings.minutes, state.initial_val_loss
         )
+        # "step" is that of the weights; "finished" is the last one of the run.
         final = {"step": best["step"], "diagnosis": diagnosis.asdict(), "finished": state.step}
         self.checkpointer.save_model(best | self.summary(loss) | final)
         return events.TrainEnd(
@@ -387,7 +398,9 @@ class Trainer:
         }
         if loss is None:
             return summary
-        minutes = self.settings.minutes and self.settings.minutes * self.budget.progress(0.0)
+        minutes = self.settings.minutes
+        if minutes is not None:
+            minutes *= self.budget.progress(0.0)  # the part that is used up
         diagnosis = diagnose(
             state.history, baselines, minutes=minutes, initial_loss=state.initial_val_loss
         )
@@ -402,7 +415,7 @@ class Trainer:
         }
 
     def _divergence_error(self, problem: str) -> UserError:
-        self.checkpointer.wait_for_pending_save()
+        self.checkpointer.wait_for_pending_save()  # without its event: the run ends in an error
         settings = self.settings
         step = checkpoint.latest_step(self.run_dir)
         saved = f"Step {step:,} is saved in {self.run_dir}" if step else "Nothing is saved"
