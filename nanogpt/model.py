@@ -5,7 +5,7 @@ section 2.3): learned positions, LayerNorm, GELU, biases, and tied embeddings.
 `qwen3` is Qwen3 (Yang et al. 2025, "Qwen3 Technical Report", section 2): rotary positions,
 RMSNorm, QK-norm, SwiGLU, no biases, and grouped-query attention.
 
-Memory is linear in the context length: SDPA stores no attention matrix, and eager attention and
+Memory is linear in the context length: SDPA stores no attention matrix; attention with a mask and
 the loss are computed in chunks.
 
 Shapes: B batch, T time, C channels (n_embd), H query heads, K key/value heads, D channels per
@@ -42,7 +42,8 @@ def uninitialized_embedding(num_rows: int, width: int) -> nn.Embedding:
     """Return an embedding whose weight `init_weights` or a model file fills in.
 
     The constructor of `nn.Embedding` draws initial values. On the "meta" device, where models are
-    built before their weights are read, that would also import PyTorch's compiler: a second.
+    built before their weights are read, that would also import PyTorch's compiler, which takes a
+    second.
     """
     return nn.Embedding.from_pretrained(torch.empty(num_rows, width), freeze=False)
 
@@ -50,8 +51,8 @@ def uninitialized_embedding(num_rows: int, width: int) -> nn.Embedding:
 def gelu(x: Tensor) -> Tensor:
     """Apply the GELU in its tanh form (Hendrycks and Gimpel 2016, section 2), as GPT-2 does."""
     if torch.compiler.is_compiling():
-        # The sigmoid form costs less: 0.5 x (1 + tanh(u)) = x sigmoid(2u), and the factors of 2u
-        # are sqrt(8 / pi) and 0.044715 sqrt(8 / pi).
+        # Compiled, the sigmoid form costs less: 0.5 x (1 + tanh(u)) = x sigmoid(2u), and the
+        # factors of 2u are sqrt(8 / pi) and 0.044715 sqrt(8 / pi).
         return x * torch.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))
     return F.gelu(x, approximate="tanh")
 
@@ -94,7 +95,7 @@ def ntk_scaled_rope_theta(theta: float, factor: float, head_dim: int) -> float:
 
 
 class KVCache:
-    """The keys and values of the tokens that were read, for one sequence per row.
+    """The keys and values of the tokens processed so far, for one sequence per row.
 
     Slices such as `cache[2:4]` are caches of some rows, in the same memory.
     """
@@ -103,10 +104,9 @@ class KVCache:
         self.k = k  # (n_layer, B, K, context_length, D)
         self.v = v
         self.lengths = lengths  # (B,), the number of tokens in each row
-        # `advance` sets these for the `update` calls of one forward pass: S, the tokens of the
-        # longest row with the new ones, and for rows of unequal lengths where each stores its new
-        # token: rows and positions, (B,) each.
-        self.seq_len = 0
+        # `advance` sets these for the `update` calls of one forward pass.
+        self.seq_len = 0  # S: the length of the longest row, new tokens included
+        # Row and position of each new token, (B,) each; None if all rows have equal lengths.
         self.scatter_index: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -125,7 +125,7 @@ class KVCache:
         return KVCache(self.k[:, rows], self.v[:, rows], self.lengths[rows])
 
     def advance(self, T: int) -> Tensor:
-        """Make room for T new tokens in every row; T must be 1 if the rows differ in length.
+        """Count T new tokens in every row; T must be 1 if the rows differ in length.
 
         Returns:
             The positions of the new tokens, (B, T), or (1, T) if they are equal in all rows.
@@ -155,8 +155,8 @@ class KVCache:
             if self.scatter_index is None:
                 cached[:, :, self.seq_len - new.shape[2] : self.seq_len] = new
             else:
-                rows, positions = self.scatter_index  # (B,) each; with the slice: (B, K, D)
-                cached[rows, :, positions] = new[:, :, 0]
+                rows, positions = self.scatter_index  # (B,) each
+                cached[rows, :, positions] = new[:, :, 0]  # (B, K, D)
         return self.k[layer, :, :, : self.seq_len], self.v[layer, :, :, : self.seq_len]
 
 
@@ -165,7 +165,7 @@ class Attention(nn.Module):
 
     In `qwen3`, queries and keys are normalized and rotated. Query heads may share key and value
     heads (GQA, Ainslie et al. 2023, section 2.2). With a sliding window, each token attends to the
-    last tokens only (Beltagy et al. 2020, section 3.1).
+    last `window` tokens only, itself included (Beltagy et al. 2020, section 3.1).
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -176,8 +176,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_size
         self.window = config.attention_window
         self.is_qwen3 = config.arch == "qwen3"
-        # Dropout of the attention probabilities. `qwen3` drops in the residual stream only, so
-        # that SDPA can be used in training.
+        # Dropout of the attention probabilities. `qwen3` drops only the outputs of attention and
+        # MLP, so that SDPA can be used in training.
         self.attn_dropout = 0.0 if self.is_qwen3 else config.dropout
         self.attn_implementation = "sdpa"
         num_qkv_heads = self.n_head + 2 * self.n_kv_head
@@ -233,7 +233,10 @@ class Attention(nn.Module):
         return self.o_proj(y)
 
     def project_qkv(self, x: Tensor, cos_sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Project x (B, T, C) to queries (B, H, T, D), keys and values (B, K, T, D)."""
+        """Project x (B, T, C) to queries (B, H, T, D), keys and values (B, K, T, D).
+
+        In `qwen3`, also normalize and rotate queries and keys.
+        """
         B, T, _ = x.shape
         qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2K, D)
         qkv = qkv.transpose(1, 2)  # (B, H + 2K, T, D)
@@ -258,10 +261,9 @@ class Attention(nn.Module):
         dropout_seeds: Tensor | None,
         is_causal: bool = True,
     ) -> Tensor:
-        """Return softmax(q k^T / sqrt(D) + mask) v, (B, H, T, D).
+        """Return softmax(q k^T / sqrt(D) + mask) v, in the shape of q.
 
-        `is_causal` has an effect only in SDPA without a mask; eager attention applies the mask
-        alone.
+        `is_causal` has an effect only in SDPA without a mask; eager attention ignores it.
         """
         if self.uses_sdpa(dropout_seeds):
             attn_mask = None if mask is None else mask.to(q.dtype)
@@ -342,9 +344,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only transformer.
 
-    A `qwen3` model in training RMS-normalizes its token embeddings, which Qwen3 does not; it
-    steadies training. Saving replaces the table with its normalized rows, which is equivalent, so
-    that a model file is plain Qwen3. A model loaded from it has `normalize_embedding` False.
+    In training, a `qwen3` model RMS-normalizes its token embeddings. Qwen3 does not; the
+    normalization stabilizes training. Saving replaces the table with its normalized rows, which is
+    equivalent, so that a model file is plain Qwen3. A model loaded from it has
+    `normalize_embedding` False.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int):
@@ -369,7 +372,8 @@ class GPT(nn.Module):
 
         Args:
             idx: Token ids, (B, T). With a cache they continue its sequences.
-            dropout_seeds: One seed per row, (B,) int32. Without seeds there is no dropout.
+            dropout_seeds: One seed per row, (B,) int32. Without seeds there is no dropout; train()
+                and eval() have no effect.
             cache: The key-value cache to read and extend, or None.
         """
         return self.compute_logits(self.forward_hidden(idx, dropout_seeds, cache))
@@ -435,8 +439,8 @@ class GPT(nn.Module):
     def loss_sum(self, idx: Tensor, targets: Tensor, dropout_seeds: Tensor | None = None) -> Tensor:
         """Return the summed cross-entropy, in nats, of targets (B, T) after idx (B, T).
 
-        A target of -100 has no loss. It is a sum, so that micro-batches can be added before the
-        division by the number of targets.
+        Targets of -100 are ignored. The loss is a sum, so that those of micro-batches can be added
+        before the division by the number of targets.
         """
         return self._cross_entropy(self.forward_hidden(idx, dropout_seeds), targets, "sum")
 
@@ -456,9 +460,10 @@ class GPT(nn.Module):
         """Draw the initial weights, a pure function of the generator's state.
 
         `gpt2` is initialized as GPT-2: standard deviation 0.02, and residual projections divided by
-        sqrt(2 n_layer). In `qwen3` matrices preserve the scale of their input. Residual projections
-        start at zero, so that each block starts as the identity (Zhang et al. 2019, "Fixup",
-        section 3.2). An untied output layer starts at zero too: the first prediction is uniform.
+        sqrt(2 n_layer). In `qwen3` embeddings have standard deviation 1 and matrices
+        1 / sqrt(inputs), which preserves the scale of their input. Residual projections start at
+        zero, so that each block starts as the identity (Zhang et al. 2019, "Fixup", section 3). An
+        untied output layer starts at zero too: the first prediction is uniform.
         """
         for name, parameter in self.named_parameters():
             self.init_param(name, parameter, generator)

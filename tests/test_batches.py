@@ -13,7 +13,7 @@ from nanogpt.data.batches import (
     DocumentWindows,
     MemmapTokens,
     sample_batch,
-    window_offsets,
+    window_starts,
 )
 from nanogpt.sizes import token_dtype
 from nanogpt.splitmix import random_bits
@@ -58,7 +58,7 @@ def test_random_bits_differ_by_seed_and_counter(seed, step):
 def test_epoch_reads_every_window_once(seed, context_length, more, epoch, data):
     tokens = context_length + 1 + more
     count = max(1, (more + 1) // context_length)
-    starts = window_offsets(
+    starts = window_starts(
         tokens, context_length, seed, np.arange(epoch * count, (epoch + 1) * count, dtype=np.uint64)
     ).astype(int)
     assert (np.diff(np.sort(starts)) == context_length).all()
@@ -70,13 +70,13 @@ def test_epoch_reads_every_window_once(seed, context_length, more, epoch, data):
 
 @pytest.mark.parametrize(("tokens", "context_length"), [(2, 1), (9, 8), (10, 8), (20, 3)])
 def test_every_window_offset_is_reached(tokens, context_length):
-    starts = window_offsets(tokens, context_length, 1, np.arange(2000, dtype=np.uint64))
+    starts = window_starts(tokens, context_length, 1, np.arange(2000, dtype=np.uint64))
     assert set(starts.tolist()) == set(range(tokens - context_length))
 
 
 def test_epochs_differ_in_order_and_offset():
     count = (1000 - 10) // 10
-    epochs = window_offsets(1000, 10, 1, np.arange(50 * count, dtype=np.uint64)).reshape(50, count)
+    epochs = window_starts(1000, 10, 1, np.arange(50 * count, dtype=np.uint64)).reshape(50, count)
     assert len({int(epoch.min()) for epoch in epochs}) >= 9
     orders = np.array([np.argsort(epoch) for epoch in epochs])
     assert abs(np.corrcoef(orders) - np.eye(50)).max() < 0.5

@@ -24,7 +24,7 @@ def test_out_of_memory_error_names_settings_to_lower(story, tmp_path, monkeypatc
 
     monkeypatch.setattr(GPT, "loss_sum", fail)
     message = (
-        r"not enough memory for one sequence of 16 tokens: .*9999 bytes\n"
+        r"not enough memory for a micro-batch of shape \(1, 16\): .*9999 bytes\n"
         r"Lower context_length"
     )
     with (

@@ -237,7 +237,7 @@ def test_nan_loss_stops_and_keeps_the_last_state(story, tmp_path):
 
     run = tmp_path / "run"
     message = (
-        r"loss is not finite: nan in step 21, at learning rate .*, gradient norm nan\. "
+        r"not finite in step 21: loss nan, gradient norm nan, at learning rate .*\. "
         r"Step 20 is saved in .*\nSet learning_rate=0\.001"
     )
     with pytest.MonkeyPatch.context() as patch:

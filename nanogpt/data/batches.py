@@ -2,8 +2,9 @@
 
 There is no data loader state to save: the batch of any step is computed directly, on any rank and
 in any order. Each epoch cuts the tokens into adjacent windows of `context_length` tokens, starting
-at a random offset, and visits every window once, in a random order. Random numbers come from a
-counter-based generator (`nanogpt.splitmix`), random orders from a Feistel network.
+at a random offset, and visits every window once, in a random order. With `DocumentWindows`,
+windows start with their document, and the last one of a document may be shorter. Random numbers
+come from a counter-based generator (`nanogpt.splitmix`), random orders from a Feistel network.
 """
 
 from bisect import bisect_right
@@ -47,7 +48,7 @@ class MemmapTokens:
         self.dtype = token_dtype(vocab_size)
         sizes = [path.stat().st_size // self.dtype.itemsize for path in paths]
         self.shard_offsets = [0, *accumulate(sizes)]
-        # The cache keeps the shards open that were used last.
+        # The cache keeps the most recently used shards open.
         open_shard = partial(np.memmap, dtype=self.dtype, mode="r")
         self._open_shard = lru_cache(MAX_OPEN_SHARDS)(open_shard)
 
@@ -98,7 +99,7 @@ def sample_batch(
     dropout_seeds = random_bits(seed, step, row_ids).astype(np.uint32).view(np.int32)
     window_ids = np.uint64(step) * np.uint64(batch_size) + row_ids
     if documents is None:
-        starts = window_offsets(len(tokens), context_length, seed, window_ids).astype(np.int64)
+        starts = window_starts(len(tokens), context_length, seed, window_ids).astype(np.int64)
         stops = starts + context_length + 1
     else:
         starts, document_ends = documents.locate(seed, window_ids)
@@ -112,7 +113,7 @@ def sample_batch(
     return inputs, targets, torch.from_numpy(dropout_seeds)
 
 
-def window_offsets(
+def window_starts(
     num_tokens: int, context_length: int, seed: int, window_ids: np.ndarray
 ) -> np.ndarray:
     """Return the position of the first token of each window, (B,) uint64.
@@ -141,7 +142,7 @@ class DocumentWindows:
     Each document is cut from its start into adjacent windows; the last one may be shorter.
 
     Args:
-        document_ends: (D,) int64, the position after the last token of each document, in order.
+        document_ends: (num_documents,) int64, the position after the last token of each, in order.
         context_length: Tokens per window.
     """
 
@@ -190,15 +191,15 @@ def _feistel_permutation(
     below ("cycle walking"; Black and Rogaway 2002, "Ciphers with arbitrary finite domains",
     section 4).
     """
-    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))  # of size - 1, rounded up
+    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))  # rounded up
     half_mask = (np.uint64(1) << half_bits) - np.uint64(1)
     values = indices
-    out_of_range = np.ones(len(indices), bool)  # Permute each index at least once.
-    while out_of_range.any():
+    pending = np.ones(len(indices), bool)
+    while pending.any():
         left = values >> half_bits
         right = values & half_mask
         for key in round_keys:
             left, right = right, left ^ (mix64(right ^ key) & half_mask)
-        values = np.where(out_of_range, (left << half_bits) | right, values)
-        out_of_range = values >= size
+        values = np.where(pending, (left << half_bits) | right, values)
+        pending = values >= size
     return values

@@ -1,8 +1,9 @@
 """Continuous batching: sequences join, decode one token per step together, and leave.
 
-Follows Yu et al. 2022, "Orca", section 3.1. Each running sequence has a slot, a row of the
-decoder's KV cache. The text of a sequence does not depend on the rest of the batch: its random
-numbers are a function of its seed and the index of the token.
+Follows Yu et al. 2022, "Orca", section 3 (iteration-level scheduling). Each running sequence has a
+slot, a row of the decoder's KV cache. Its random numbers are a function of its seed and the index
+of the token. So its text does not depend on the rest of the batch, except by rounding, which a
+deterministic decoder excludes.
 
 Once the context is full, its last half is prefilled again, so that the average cost of a token
 is constant. An engine belongs to one thread.
@@ -17,7 +18,7 @@ from nanogpt.generate.decoder import Decoder, MultiStepDecoder
 from nanogpt.generate.multi_step import ModelOutput, MultiStepRunner
 from nanogpt.generate.prompts import TokenRanges
 from nanogpt.generate.sampling import Sampler
-from nanogpt.generate.sequence import Request, Sequence, StepOutput
+from nanogpt.generate.sequence import FinishReason, Request, Sequence, StepOutput
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
 
@@ -27,7 +28,8 @@ class Engine:
     Args:
         decoder: The model and its KV cache.
         tokenizer: The model's tokenizer.
-        unseen_tokens: Tokens that never occurred in training; they are never sampled.
+        unseen_tokens: Half-open ranges of tokens that never occurred in training; they are never
+            sampled.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, unseen_tokens: TokenRanges = ()):
@@ -68,7 +70,7 @@ class Engine:
         return sequence
 
     def step(self) -> list[StepOutput]:
-        """Schedule sequences, run the model once, and append a token to each running sequence.
+        """Schedule sequences, run the model, and append a token to each running sequence.
 
         A sequence that runs alone may get several tokens.
         """
@@ -85,14 +87,14 @@ class Engine:
         return [self._empty_output(seq, "cancelled") for seq in cancelled]
 
     @staticmethod
-    def _empty_output(seq: Sequence, finish_reason: str) -> StepOutput:
+    def _empty_output(seq: Sequence, finish_reason: FinishReason) -> StepOutput:
         return StepOutput(seq, text="", token_id=None, logprob=0.0, finish_reason=finish_reason)
 
     def _admit(self) -> list[StepOutput]:
         """Move waiting sequences into free slots, the lowest slot first.
 
-        This keeps used slots adjacent: a decoder may have to compute the free slots between them. A
-        request for 0 tokens finishes here.
+        This keeps used slots close together: a decoder may have to compute the free slots between
+        them too. A request for 0 tokens finishes here.
         """
         outputs: list[StepOutput] = []
         if not self.waiting:
@@ -158,8 +160,8 @@ class Engine:
             num_logprobs = seq.request.num_logprobs
             top = _top_logprobs(logits[row] - log_sums[row], num_logprobs) if num_logprobs else []
             outputs.append(seq.append(token, logits.item(row, token) - log_sums[row], top))
-            # In a multi-step call the decoder chose the token after each row to compute the next
-            # row. If the token sampled here is another one, the next rows are dropped.
+            # In a multi-step call the decoder chose the token after each row itself. If another
+            # one is sampled here, or the sequence ends, the next rows are dropped.
             is_finished = outputs[-1].finish_reason is not None
             if self.multi_step and not self.multi_step.accept(output, row, is_finished):
                 break

@@ -39,6 +39,7 @@ MULTI_EPOCH_THRESHOLD = 3
 DECAY_PER_EPOCH = 1.4
 # Epochs of fewer steps count as this many, so that the weight decay of a tiny text stays bounded.
 MIN_STEPS_PER_EPOCH = 20
+# A run ends after this many epochs, even if the time allows more.
 MAX_EPOCHS = 10
 # AdamW, for which that weight decay was not tried, uses dropout above this many epochs instead.
 DROPOUT_EPOCHS = 5
@@ -48,8 +49,8 @@ DROPOUT = 0.2
 # MIN_TRAIN_FRACTION of the time.
 TEARDOWN_SECONDS = 4.0
 MIN_TRAIN_FRACTION = 0.3
-SECONDS_PER_EVALUATION = 45
-# Below MIN_STEPS the batch size is halved, above MAX_STEPS it is doubled.
+SECONDS_BETWEEN_EVALUATIONS = 45
+# Below MIN_STEPS the batch size is halved, down to 4; above MAX_STEPS it is doubled.
 MIN_STEPS = 100
 MAX_STEPS = 8000
 # Tokens in the batch that times a shape on a CPU; a GPU takes 8 times as many.
@@ -58,12 +59,12 @@ TIMING_TOKENS = 2048
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """A fit of the loss above that of a perfect model: A / N^alpha + B / D^beta.
+    """A fit of the reducible loss, L - E in Hoffmann et al. 2022: A / N^alpha + B / D^beta.
 
     N counts parameters of the block matrices and D training tokens, both in millions. Tokens of
     repeated epochs count for less: `repeat_decay` is R*_D of Muennighoff et al. 2023, equation 5.
-    They found 15.4 for far larger texts and models. The fit describes benchmarks/recipe.csv within
-    0.008 nats (rms).
+    They found 15.4 for far larger texts and models. The fit describes the runs of
+    benchmarks/recipe.csv that have the recipe's settings within 0.008 nats (rms).
     """
 
     A: float = 0.131
@@ -112,13 +113,13 @@ def choose_settings(
     # A short text still gives several windows.
     context_length = min(CONTEXT_LENGTH, max(1, train_tokens // 4))
     base = {"arch": "qwen3", "context_length": context_length} | user_settings
-    # Of all processes together, each of which trains on tokens of its own.
+    # The time of all processes added up, because each trains on its own tokens.
     train_seconds = world_size * max(1.0, MIN_TRAIN_FRACTION * seconds, seconds - TEARDOWN_SECONDS)
     model, tokens_in_time = _best_shape(base, train_seconds, train_tokens, vocab_size, machine)
     max_tokens = MAX_EPOCHS * train_tokens
     num_sequences = min(tokens_in_time, max_tokens) / model.context_length
     batch_size, steps = _choose_batch_size(num_sequences, machine, user_settings, world_size)
-    num_evaluations = max(2, min(10, round(seconds / SECONDS_PER_EVALUATION)))
+    num_evaluations = max(2, min(10, round(seconds / SECONDS_BETWEEN_EVALUATIONS)))
     eval_every = max(1, round(steps / num_evaluations))
     optimizer_choice = optimizer_settings(steps, user_settings.get("optimizer", "muon"))
     epochs = steps * batch_size * model.context_length / train_tokens
@@ -213,12 +214,13 @@ def _candidate_config(base: dict[str, Any], n_layer: int, n_embd: int) -> ModelC
         n_embd = max(1, round(n_embd / multiple)) * multiple
     shape = {"n_layer": n_layer, "n_embd": n_embd}
     shape |= {name: value for name, value in base.items() if name in ModelConfig.model_fields}
+    # Dropout follows from the number of epochs, which the timing of a shape decides.
     n_head = num_heads_for(shape["n_embd"], base.get("n_kv_head") or 1)
     return resolve({"n_head": n_head} | shape | {"dropout": 0.0}).model
 
 
 def predicted_loss(num_params: float, tokens_seen: float, train_tokens: float) -> float:
-    """Return the predicted loss above the floor, in nats per token.
+    """Return the predicted reducible loss, in nats per token.
 
     Args:
         num_params: Parameters of the block matrices.
@@ -236,8 +238,8 @@ def optimizer_settings(steps: float, optimizer: str = "muon") -> dict[str, Any]:
     """Return the optimizer, peak learning rates and schedule for a run of `steps` steps.
 
     Shorter runs get higher rates. The longest run in benchmarks/recipe.csv has 4,050 steps; rates
-    beyond it are extrapolated. AdamW's rate is 1/5 of Muon's for the parameters beside Muon's, and
-    1/20 of it if AdamW trains all.
+    beyond it are extrapolated. AdamW's rate is 1/5 of Muon's for the parameters that Muon does not
+    update, and 1/20 of it if AdamW updates all.
     """
     muon_rate = min(0.06, max(0.015, 0.03 * (800 / steps) ** 0.35))
     return {
@@ -267,13 +269,14 @@ def num_heads_for(n_embd: int, n_kv_head: int = 1) -> int:
     for heads in range(max_heads, 0, -1):
         if n_embd % (2 * heads) == 0 and heads % n_kv_head == 0:
             return heads
-    return n_kv_head  # None fits: `resolve` reports it.
+    return n_kv_head  # No number of heads fits; `resolve` reports it.
 
 
 def seconds_per_token(model: ModelConfig, vocab_size: int, machine: Machine) -> float:
-    """Measure the seconds that an uncompiled training step takes per token.
+    """Measure the seconds that an eager training step with Muon takes per token.
 
-    The result is the fastest of four steps, measured once per shape and cached.
+    Contexts above TIMING_TOKENS are timed at that length. The result is the fastest of four steps,
+    measured once per shape and cached.
     """
     context_length = min(model.context_length, TIMING_TOKENS)
     model = model.model_copy(update={"context_length": context_length})

@@ -1,7 +1,8 @@
 """The training loop: steps, evaluations, samples and saves, as a generator of events.
 
-`Trainer.train_step` is one optimizer step: forward, backward, clip, update, zero_grad. What
-surrounds it has a file each: the batches, the loss, time and memory limits, slow ranks, saves.
+`Trainer.train_step` is one optimizer step: forward, backward, clip, update, zero_grad. Everything
+else has its own module: batches (`batch_loader`), `loss`, time limit (`budget`), memory limit
+(`memory_recovery`), slow ranks (`stragglers`), saves (`checkpointer`).
 """
 
 import math
@@ -54,7 +55,8 @@ class RunContext:
         machine: Device and precision.
         start_time: `time.monotonic()` at which the time limit started.
         stop_requested: Returns True once the run should save and stop.
-        dist: The ranks that train together. All of them yield the same events.
+        dist: The ranks that train together. All yield the same sequence of events, with times of
+            their own.
     """
 
     run_dir: Path
@@ -91,7 +93,7 @@ class Trainer:
         self.dist = dist = context.dist
         self.context_length = model.config.context_length
         self.loader = BatchLoader(data, settings, self.context_length, self.machine, dist)
-        self.loss = TrainLoss(model, self.machine, dist)
+        self.train_loss = TrainLoss(model, self.machine, dist)
         # Rank 0 alone watches the clock; `dist.any_rank` tells the others.
         self.budget = TimeBudget(
             settings, state, context.start_time, time.monotonic, enforce=dist.is_main_process
@@ -108,11 +110,14 @@ class Trainer:
         """Train to the end of the run; evaluate, sample and save on the way.
 
         Raises:
-            UserError: The loss is not finite, or memory or the disk is full. The last save stays.
+            UserError: The loss or the gradient norm is not finite, or memory or the disk is full.
+                The last save stays.
         """
         state = self.state
-        # What runs out of memory in the end: memory recovery makes the batches smaller before.
-        oom_subject = f"one sequence of {self.context_length:,} tokens"
+        # Memory recovery reduces the micro-batch to one sequence first, but not on several ranks.
+        recovery = self.memory_recovery
+        batch_size = 1 if recovery.is_enabled else recovery.micro_batch_size
+        oom_subject = f"a micro-batch of shape ({batch_size}, {self.context_length})"
         # A resumed run may be complete already; a new run takes at least one step.
         is_resumed = state.step > 0
         done = is_resumed and (self.budget.has_all_steps() or self.should_early_stop())
@@ -170,14 +175,14 @@ class Trainer:
             self.stragglers.record_start()
             for i, (x, y, dropout_seeds) in enumerate(micro_batches, start=1):
                 is_last = i == len(micro_batches)
-                with self.loss.sync_context(is_last, communicate):
+                with self.train_loss.sync_context(is_last, communicate):
                     with self.machine.autocast():
-                        loss = self.loss(x, y, dropout_seeds)
+                        micro_loss_sum = self.train_loss(x, y, dropout_seeds)
                     if is_last:
                         # The last backward pass waits for the gradients of the other ranks.
                         self.stragglers.record_end()
-                    (loss / loss_divisor).backward()
-                loss_sum = loss_sum + loss.detach()
+                    (micro_loss_sum / loss_divisor).backward()
+                loss_sum = loss_sum + micro_loss_sum.detach()
             return loss_sum
 
         loss_sum = self.memory_recovery.run(forward_backward)
@@ -205,11 +210,12 @@ class Trainer:
         # This waits for the device, so it comes after all work of the step is queued.
         local_loss_sum, norm = torch.stack([loss_sum, grad_norm]).tolist()
         (global_loss_sum,) = self.dist.all_reduce_sum(local_loss_sum)
-        loss, learning_rate = global_loss_sum / num_targets, lr_scale * settings.learning_rate
+        loss = global_loss_sum / num_targets
+        learning_rate = lr_scale * settings.learning_rate
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._divergence_error(
-                f"The loss is not finite: {loss} in step {state.step + 1:,}, at learning rate "
-                f"{learning_rate:.2g}, gradient norm {norm:.3g}."
+                f"The loss or the gradient norm is not finite in step {state.step + 1:,}: loss "
+                f"{loss:.3g}, gradient norm {norm:.3g}, at learning rate {learning_rate:.2g}."
             )
         state.step += 1
         state.train_loss_sum += global_loss_sum
@@ -230,15 +236,17 @@ class Trainer:
         )
 
     def prepare(self) -> None:
-        """Load the first batch, compile, and measure what the time limit needs to know.
+        """Load the first batch, compile, plan the run, and start the clock of its training.
 
-        The weights stay as they are.
+        The plan is the number of steps, the size of evaluations, and the time of the last
+        evaluation and save. The weights stay as they are.
         """
         state = self.state
         self.loader.prefetch(state.step)
         if self.machine.compile:
+            # Without communication: a rank that cannot compile would leave the others waiting.
             dry_run = partial(self.timed_dry_run, communicate=False)
-            self.loss.try_compile(dry_run, self.settings.batch_size)
+            self.train_loss.try_compile(dry_run, self.settings.batch_size)
         is_timed = self.settings.minutes is not None
         if is_timed:
             step_seconds = min(self.timed_dry_run() for _ in range(2))
@@ -256,7 +264,8 @@ class Trainer:
                 self.machine,
                 self.validation_loss,
                 self.sample,
-                # `finish` evaluates everything, unless the last evaluation did (None).
+                # The last evaluation, and the full one of `finish`; if `val_tokens` is None, both
+                # are the same.
                 num_eval_tokens=num_val_tokens + (state.val_tokens or 0),
                 num_sample_tokens=SAMPLE_SETTINGS.max_tokens,
                 model_bytes=sum(p.nbytes for p in self.model.parameters()),
@@ -303,7 +312,13 @@ class Trainer:
         state.initial_val_loss = loss.loss
         state.initial_val_tokens = loss.tokens
         state.seconds = self.budget.elapsed_seconds()
-        return events.InitialEval(0, loss.loss, loss.bits_per_byte, loss.tokens, state.seconds)
+        return events.InitialEval(
+            step=0,
+            val_loss=loss.loss,
+            bits_per_byte=loss.bits_per_byte,
+            val_tokens=loss.tokens,
+            seconds=state.seconds,
+        )
 
     def validation_loss(self, max_tokens: int | None) -> EvalLoss:
         """Evaluate on the validation split, or on `max_tokens` tokens of it."""
@@ -314,7 +329,7 @@ class Trainer:
             )
 
     def should_early_stop(self) -> bool:
-        """Return whether the last `patience` evaluations were worse than the best one."""
+        """Return whether the last `patience` evaluations did not improve on the best one."""
         best, patience = self.state.best, self.settings.patience
         if best is None or patience == 0:
             return False
@@ -349,8 +364,8 @@ class Trainer:
     def save(self) -> Iterator[events.Event]:
         """Save the training state; before the first evaluation, also the model.
 
-        Evaluations save the best model. Saving it here until the first one makes the run ready to
-        be sampled.
+        Evaluations save the best model. Before the first one, save the current model, so that the
+        run can be sampled.
         """
         yield events.SaveStart(self.state.step)
         yield from self.checkpointer.wait_for_pending_save()
@@ -361,22 +376,24 @@ class Trainer:
     def finish(self) -> events.TrainEnd:
         """Evaluate the best model on the full validation split, and add the result to its file."""
         state, baselines = self.state, self.data.metadata["baselines"]
-        best = checkpoint.load_best_weights(self.run_dir, self.model, self.dist)
-        if state.val_tokens is None and "val_loss_sum" in best:
+        best_summary = checkpoint.load_best_weights(self.run_dir, self.model, self.dist)
+        if state.val_tokens is None and "val_loss_sum" in best_summary:
             # Evaluations during the run covered the full split.
             names = ("loss_sum", "tokens", "bytes", "words")
-            loss = EvalLoss(**{name: best[f"val_{name}"] for name in names})
+            loss = EvalLoss(**{name: best_summary[f"val_{name}"] for name in names})
         else:
             loss = self.validation_loss(None)
         diagnosis = diagnose(
             state.history, baselines, loss.loss, self.settings.minutes, state.initial_val_loss
         )
-        # "step" is that of the weights; "finished" is the last one of the run.
-        final = {"step": best["step"], "diagnosis": diagnosis.asdict(), "finished": state.step}
-        self.checkpointer.save_model(best | self.summary(loss) | final)
+        # "step" is that of the weights, "finished" the last one of the run.
+        best_step = best_summary["step"]
+        final = {"step": best_step, "diagnosis": diagnosis.asdict(), "finished": state.step}
+        # `final` replaces the step and the diagnosis of `summary`.
+        self.checkpointer.save_model(best_summary | self.summary(loss) | final)
         return events.TrainEnd(
             step=state.step,
-            best_step=best["step"],
+            best_step=best_step,
             loss=loss,
             baselines=baselines,
             diagnosis=diagnosis,
@@ -400,7 +417,7 @@ class Trainer:
             return summary
         minutes = self.settings.minutes
         if minutes is not None:
-            minutes *= self.budget.progress(0.0)  # the part that is used up
+            minutes *= self.budget.progress(0.0)  # of the part of the run that is done
         diagnosis = diagnose(
             state.history, baselines, minutes=minutes, initial_loss=state.initial_val_loss
         )
