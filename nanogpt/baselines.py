@@ -38,9 +38,7 @@ def ngram_losses(
     for order, name in enumerate(("unigram", "bigram", "trigram"), start=1):
         if len(train_ids) < order or len(val_ids) <= order:
             break
-        codes = encode_ngrams(train_ids, order, num_symbols)
-        codes.sort()  # in place, to save memory
-        ngrams, _, counts = _runs(codes)
+        ngrams, counts = _count_ngrams(train_ids, order, num_symbols)
         # The n-grams are sorted, so those with the same context are adjacent.
         contexts, starts, num_successors = _runs(ngrams // num_symbols)
         context_counts = np.add.reduceat(counts, starts)
@@ -55,6 +53,14 @@ def ngram_losses(
         probs[order - 1 :] = np.where(c > 0, interpolated, backoff_probs)
         losses[name] = float(-np.log(probs[1:]).mean())
     return losses
+
+
+def _count_ngrams(ids: np.ndarray, order: int, num_symbols: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct n-grams in ascending order, and their counts."""
+    codes = encode_ngrams(ids, order, num_symbols)
+    codes.sort()  # in place, to save memory
+    ngrams, _, counts = _runs(codes)
+    return ngrams, counts
 
 
 def encode_ngrams(ids: np.ndarray, order: int, num_symbols: int) -> np.ndarray:

@@ -202,7 +202,9 @@ def read_jsonl(path: Path, max_steps: int | None = None) -> list[dict[str, Any]]
             selected = {steps[(k + 1) * len(steps) // max_steps - 1] for k in range(max_steps)}
             dropped = set(steps) - selected
             lines = [line for i, line in enumerate(lines) if i not in dropped]
-    return list(takewhile(bool, map(_parse_record, lines)))
+    text_lines = (line.decode("utf-8", errors="replace") for line in lines)
+    records = takewhile(lambda record: record is not None, map(_parse_record, text_lines))
+    return [record for record in records if record is not None]
 
 
 def read_new_records(path: Path, offset: int, file_id: str, max_bytes: int) -> dict[str, Any]:
@@ -251,16 +253,16 @@ def read_last_records(path: Path, max_bytes: int) -> list[dict[str, Any]]:
 def _parse_complete_records(lines: bytes) -> list[dict[str, Any]]:
     """Return the JSON objects that have a step; skip damaged and incomplete lines."""
     records = map(_parse_record, lines.split(b"\n"))
-    return [record for record in records if isinstance(record.get("step"), int)]
+    return [record for record in records if record and isinstance(record.get("step"), int)]
 
 
-def _parse_record(line: bytes) -> dict[str, Any]:
-    """Return the JSON object in a line, empty if the line is damaged."""
+def _parse_record(line: str | bytes) -> dict[str, Any] | None:
+    """Return the JSON object in a line, or None if the line is damaged."""
     try:
-        record = json.loads(line.decode("utf-8", errors="replace"))
+        record = json.loads(line)
     except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _truncate_jsonl(path: Path, step: int) -> None:

@@ -12,17 +12,28 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from nanogpt.config import flatten
 from nanogpt.errors import Notice, UserError
 from nanogpt.training.events import EvalEnd, Event, StepEnd, TrainStart
 
+PROJECT = "nanogpt"
 # Fields of each event that are logged.
 METRICS: dict[type, tuple[str, ...]] = {
     StepEnd: ("train_loss", "learning_rate", "grad_norm", "tokens_per_second"),
     EvalEnd: ("val_loss", "bits_per_byte"),
 }
+
+
+class Tracker(Protocol):
+    """An open run of one tracker."""
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Log numbers by name; steps never decrease."""
+
+    def finish(self) -> None:
+        """Write what is still in memory, and close the run."""
 
 
 class TensorBoard:
@@ -34,7 +45,7 @@ class TensorBoard:
         self.writer = module.SummaryWriter(run / "tensorboard", purge_step=purge_step)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Log numbers as scalars; steps never decrease."""
+        """Log numbers as scalars."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
@@ -43,46 +54,60 @@ class TensorBoard:
         self.writer.close()
 
 
-class WandbLike:
-    """A run of a module with the interface of W&B: `init`, `log` and `finish`."""
+class Trackio:
+    """A run in the local database of trackio, for `trackio show`."""
 
-    def __init__(self, module: ModuleType, run: Path, config: dict[str, Any], **options: Any):
+    def __init__(self, module: ModuleType, run: Path, step: int, settings: dict[str, Any]):
         self.module = module
         with redirect_stdout(io.StringIO()):  # suppress the banner
-            module.init(project="nanogpt", name=run.resolve().name, config=config, **options)
+            module.init(
+                project=PROJECT,
+                name=run.resolve().name,
+                config=settings,
+                resume="allow" if step else "never",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Log numbers to the open run; steps never decrease."""
+        """Log numbers to the open run."""
         self.module.log(values, step=step)
 
     def finish(self) -> None:
-        """Wait until everything is written."""
+        """Wait until everything is in the database."""
         with redirect_stdout(io.StringIO()):
             self.module.finish()
 
 
-Tracker = TensorBoard | WandbLike
+class Wandb:
+    """A Weights & Biases run in RUN/wandb, for `wandb sync`, unless WANDB_MODE=online is set."""
 
+    def __init__(self, module: ModuleType, run: Path, step: int, settings: dict[str, Any]):
+        self.run = module.init(
+            project=PROJECT,
+            name=run.resolve().name,
+            dir=run,
+            config=settings,
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            settings=module.Settings(silent=True, console="off"),
+        )
 
-def open_trackio(module: ModuleType, run: Path, step: int, settings: dict[str, Any]) -> Tracker:
-    """Open a run in the local database of trackio, for `trackio show`."""
-    options = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
-    return WandbLike(module, run, settings, resume="allow" if step else "never", **options)
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Log numbers to the open run."""
+        self.run.log(values, step=step)
 
-
-def open_wandb(module: ModuleType, run: Path, step: int, settings: dict[str, Any]) -> Tracker:
-    """Open a W&B run in RUN/wandb, for `wandb sync`, unless WANDB_MODE=online is set."""
-    mode = os.environ.get("WANDB_MODE", "offline")
-    quiet = module.Settings(silent=True, console="off")
-    return WandbLike(module, run, settings, dir=run, mode=mode, settings=quiet)
+    def finish(self) -> None:
+        """Wait until everything is written."""
+        self.run.finish()
 
 
 OpenTracker = Callable[[ModuleType, Path, int, dict[str, Any]], Tracker]
 # By name: the module that the tracker needs, and its adapter.
 TRACKERS: dict[str, tuple[str, OpenTracker]] = {
     "tensorboard": ("torch.utils.tensorboard", TensorBoard),
-    "trackio": ("trackio", open_trackio),
-    "wandb": ("wandb", open_wandb),
+    "trackio": ("trackio", Trackio),
+    "wandb": ("wandb", Wandb),
 }
 
 
@@ -110,7 +135,7 @@ class Trackers:
             settings = flatten(event.config)
             settings |= {"parameters": event.parameters, "machine": event.machine}
             for name, module in self.modules.items():
-                _, open_tracker = TRACKERS[name]
+                open_tracker = TRACKERS[name][1]
                 self.open[name] = open_tracker(module, Path(event.run), event.step, settings)
         elif isinstance(event, StepEnd | EvalEnd):
             step = event.step

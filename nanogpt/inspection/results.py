@@ -22,7 +22,8 @@ class Result:
             if isinstance(attribute, property):
                 values[name] = getattr(self, name)
         arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-        return values | {name: array.tolist() for name, array in arrays.items()}
+        tuples = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+        return values | tuples | {name: array.tolist() for name, array in arrays.items()}
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from nanogpt.config import SamplingConfig
 from nanogpt.server import run_reader
-from nanogpt.server.schemas import ApiError, StrictModel, json_response
+from nanogpt.server.schemas import ApiError, json_response
 
 if TYPE_CHECKING:  # imports torch, which the page does not need
     from nanogpt.inspection.inspector import Inspector
@@ -50,8 +50,10 @@ NO_CACHE = SECURITY_HEADERS | {"Cache-Control": "no-cache"}
 router = APIRouter(include_in_schema=False)
 
 
-class InspectRequest(StrictModel):
+class InspectRequest(BaseModel):
     """A model and a text to inspect."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: Annotated[str, Field(max_length=256)]
     text: Annotated[str, Field(max_length=MAX_TEXT_CHARS)] = ""

@@ -92,10 +92,11 @@ class ModelPool:
             UserError: If the file holds no valid model.
         """
         file = self.find(name)
-        engine = self.engines.pop(name, None)
+        engine = self.engines.get(name)
         if engine is not None and engine.is_idle and engine.is_outdated:
             engine.stop()
             engine = None
+        self.engines.pop(name, None)  # Added again below, as the most recently used.
         if engine is None:
             self._evict_idle()
             engine = AsyncEngine(name, file, self.config, self.device_config, self.metrics)
@@ -115,7 +116,7 @@ class ModelPool:
 
     async def close(self) -> None:
         """Stop all engines."""
-        for engine in self.engines.values():
+        for engine in list(self.engines.values()):  # Requests may load or unload one meanwhile.
             await engine.close()
 
     def _evict_idle(self) -> None:

@@ -23,7 +23,7 @@ MAX_WORK = 500_000
 
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
-PROMPTS = Field(min_length=1, max_length=MAX_SEQUENCES, fail_fast=True)
+PROMPT_LIST_LIMITS = Field(min_length=1, max_length=MAX_SEQUENCES, fail_fast=True)
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0)]],
     Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True),
@@ -61,7 +61,12 @@ class CompletionRequest(StrictModel):
 
     model: Annotated[str, Field(max_length=256)]
     """Name of a model, as listed by /v1/models."""
-    prompt: str | Annotated[list[str], PROMPTS] | TokenIds | Annotated[list[TokenIds], PROMPTS] = ""
+    prompt: (
+        str
+        | Annotated[list[str], PROMPT_LIST_LIMITS]
+        | TokenIds
+        | Annotated[list[TokenIds], PROMPT_LIST_LIMITS]
+    ) = ""
     """Text, token ids, or a list of either. An empty prompt starts a new text."""
     max_tokens: Annotated[int, Field(ge=0, le=MAX_WORK)] = 16
     """Maximum generated tokens per sequence."""
