@@ -255,21 +255,19 @@ def load_state(
         UserError: A file is damaged or does not fit the model.
     """
     folder = run / "state" / str(ranks.broadcast_object(latest_step(run)))
-    full: Tensors = {}
 
-    def read() -> tuple[dict[str, list[int]], dict[str, Any]]:
+    def read() -> tuple[Tensors, dict[str, list[int]], dict[str, Any]]:
         try:
-            if ranks.is_fsdp:
-                shapes = tensor_shapes(folder)
-            else:
-                full.update(_read_full_state(folder))
-                shapes = {name: list(tensor.shape) for name, tensor in full.items()}
+            full = {} if ranks.is_fsdp else _read_full_state(folder)
+            full_shapes = {name: list(tensor.shape) for name, tensor in full.items()}
+            shapes = tensor_shapes(folder) if ranks.is_fsdp else full_shapes
             _check_shapes(shapes, model)
-            return shapes, _read_train_state(folder)
+            return full, shapes, _read_train_state(folder)
         except (OSError, ValueError, RuntimeError) as error:
             raise _corrupt_state_error(folder, error) from error
 
-    shapes, train_state = ranks.broadcast_object(ranks.run_on_main(read))
+    full, shapes, train_state = ranks.run_on_main(read) or ({}, {}, {})
+    shapes, train_state = ranks.broadcast_object([shapes, train_state])
     weights = model.state_dict()
     state = {
         name: optimizer.empty_state_tensor(name, shape)

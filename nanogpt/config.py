@@ -7,7 +7,7 @@ are preset `nano`. Names are unique across sections, so settings travel as one f
 
 import difflib
 import tomllib
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -270,14 +270,15 @@ def resolve(settings: dict[str, Any], *, complete: bool = True) -> Config:
             nested[SECTION_OF[name]][name] = value
     if settings.get("minutes") is not None:
         nested["training"].setdefault("steps", None)
-    return _validate(Config, nested, settings, SECTION_OF, complete)
+    check = _contradictions if complete else None
+    return _validate(Config, nested, settings, SECTION_OF, check)
 
 
 def resolve_sampling(settings: dict[str, Any]) -> SamplingConfig:
     """Validate sampling settings, as `resolve` does."""
     fields = SamplingConfig.model_fields
     known = {name: value for name, value in settings.items() if name in fields}
-    return _validate(SamplingConfig, known, settings, fields, complete=False)
+    return _validate(SamplingConfig, known, settings, fields)
 
 
 def _validate(
@@ -285,7 +286,7 @@ def _validate(
     content: dict[str, Any],
     names: Iterable[str],
     known_names: Collection[str],
-    complete: bool,
+    check: Callable[[AnySection], list[str]] | None = None,
 ) -> AnySection:
     problems = [_unknown_setting(name, known_names) for name in names if name not in known_names]
     try:
@@ -294,8 +295,8 @@ def _validate(
         # Contradictions are found among the valid settings.
         problems += describe_validation_error(error)
         config = section.model_validate(_without_invalid(content, error))
-    if complete and isinstance(config, Config):
-        problems += _contradictions(config)
+    if check is not None:
+        problems += check(config)
     if problems:
         fix = "All settings and defaults: `nanogpt train --help` and `nanogpt sample --help`."
         raise UserError("\n".join(problems), fix)

@@ -61,7 +61,7 @@ def prepare(
     Raises:
         UserError: A source is missing or not text, the text is too short, or the disk is full.
     """
-    config = config.model_copy(update=absolute_paths(config.model_dump()))
+    config = _with_absolute_paths(config)
     if len(sources) == 1 and is_prepared(absolute_source(sources[0])):
         prepared = _open_source_folder(sources[0], config, tokenizer)
     else:
@@ -93,7 +93,7 @@ def prepare_folder(
             f"Shard {index}/{count} is out of range: the index goes from 1 to the count.",
             "Use 1/2 in one process and 2/2 in the other, for example.",
         )
-    config = config.model_copy(update=absolute_paths(config.model_dump()))
+    config = _with_absolute_paths(config)
     job = PreparationJob(sources, config)
     return job.run(folder, index, count) or open_prepared(folder)
 
@@ -108,6 +108,10 @@ def absolute_paths(settings: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(tokenizer, os.PathLike) or (isinstance(tokenizer, str) and is_path(tokenizer)):
         paths["tokenizer"] = os.path.abspath(os.path.expanduser(tokenizer))
     return paths
+
+
+def _with_absolute_paths(config: DataConfig) -> DataConfig:
+    return config.model_copy(update=absolute_paths(config.model_dump()))
 
 
 def _open_source_folder(

@@ -46,7 +46,7 @@ class PreparedData:
     def with_document_windows(self, context_length: int) -> "PreparedData":
         """Return the same data with training windows that do not cross documents."""
         document_ends = []
-        for path, offset in zip(self.train.paths, self.train.shard_offsets, strict=False):
+        for path, offset in zip(self.train.paths, self.train.shard_offsets[:-1], strict=True):
             if (ends_path := path.with_suffix(".ends")).exists():
                 document_ends.append(np.fromfile(ends_path, "<i8") + offset)
         # The last document has no end here if the validation split continues it, or if it is the

@@ -211,7 +211,9 @@ def _spool(name: str, stream: BinaryIO) -> Source:
     spool = formats.spool(stream)
     if not os.fstat(spool.fileno()).st_size:
         return Source(name, io.BytesIO)
-    # Each mapping has a position of its own; duplicated file descriptors would share one.
+    # Each mapping has a position of its own; duplicated file descriptors would share one. The price
+    # is that a disk that cannot be read back ends the process (SIGBUS). A full disk is an OSError
+    # while the file is written, and no other process can shorten a file without a name.
     return Source(name, lambda: cast(BinaryIO, mmap(spool.fileno(), 0, access=ACCESS_READ)))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from nanogpt.distributed.command import format_ranks, torchrun_command
 from nanogpt.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # Rank 0 may prepare a large corpus while the others wait in a collective. A process that dies is
 # noticed at once, whatever the timeout.
@@ -167,14 +170,14 @@ class DistContext:
                 f"{torchrun_command(self.world_size)}",
             )
 
-    def broadcast_tensor_into(self, target: Any, source: Tensor | None) -> None:
+    def broadcast_tensor_into(self, target: Tensor, source: Tensor | None) -> None:
         """Copy a full tensor of rank 0 into a replicated or sharded tensor of every rank.
 
         Args:
             target: The tensor to fill in place.
             source: The full tensor; may be None except on rank 0.
         """
-        if self.is_local_tensor(target):
+        if not self.is_sharded(target):
             if self.is_main_process:
                 assert source is not None
                 target.copy_(source)
@@ -188,9 +191,9 @@ class DistContext:
         source = source.to(target.device)
         target.copy_(distribute_tensor(source, target.device_mesh, target.placements))
 
-    def full_tensor(self, tensor: Any) -> Tensor:
+    def full_tensor(self, tensor: Tensor) -> Tensor:
         """Return the full tensor, gathered from all ranks if it is sharded."""
-        return tensor if self.is_local_tensor(tensor) else tensor.full_tensor()
+        return tensor.full_tensor() if self.is_sharded(tensor) else tensor
 
     def side_group(self) -> dist.ProcessGroup | None:
         """Return a second process group, for collectives of a background thread.
@@ -206,9 +209,9 @@ class DistContext:
         return _side_groups[dist.group.WORLD]
 
     @staticmethod
-    def is_local_tensor(tensor: Tensor) -> bool:
-        """Return True if a tensor is complete in this process, that is, not a DTensor."""
-        return not hasattr(tensor, "full_tensor")
+    def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+        """Return True if a tensor is a DTensor, of which this process holds a part."""
+        return hasattr(tensor, "full_tensor")
 
     @contextmanager
     def peer_failure_guard(self) -> Iterator[None]:

@@ -204,6 +204,7 @@ def fit_micro_batch(
         needed = estimate_memory(model, candidate, vocab_size, mode)
         if fits_memory(needed, budget_bytes):
             break
+    # The last candidate, the smallest, if none fits.
     return candidate, needed
 
 

@@ -203,7 +203,8 @@ def _suggest_fix(
         )
         if model_size.fits_memory(memory, candidate.memory):
             after = settings(candidate, chosen, parallel).items()
-            # The run itself chooses settings that are None, and checkpointing may stay enabled.
+            # Only settings that change. The run itself chooses those that are None, and
+            # checkpointing may stay enabled where it is no longer needed.
             return {name: new for name, new in after if new and before[name] not in (None, new)}
     return None
 

@@ -9,9 +9,9 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -135,11 +135,14 @@ class Tokenizer:
             yield from map(self._encode_by_table, chunks)
             return
         with ThreadPoolExecutor(1) as worker:
-            batches = iter_batches(map(_valid, chunks), self._split_pattern)
-            futures = (worker.submit(self._encode_batch, batch) for batch in batches)
-            # Pairs, so that the next batch is submitted before the result of one is awaited.
-            for future, _ in pairwise(chain(futures, [Future()])):
-                yield future.result()
+            pending = None
+            for batch in iter_batches(map(_valid, chunks), self._split_pattern):
+                future = worker.submit(self._encode_batch, batch)
+                if pending is not None:
+                    yield pending.result()
+                pending = future
+            if pending is not None:
+                yield pending.result()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of some tokens.

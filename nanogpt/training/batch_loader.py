@@ -33,7 +33,7 @@ class Batch:
         return list(zip(*(tensor.split(micro_batch_size) for tensor in tensors), strict=True))
 
 
-@dataclass
+@dataclass(eq=False)
 class BatchLoader:
     """Loads this rank's batches, and keeps the next one ready on the device."""
 
@@ -42,7 +42,8 @@ class BatchLoader:
     context_length: int
     machine: Machine
     dist: DistContext
-    next_batch: dict[int, Batch] = field(default_factory=dict)
+    rows: range = field(init=False)
+    next_batch: dict[int, Batch] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rows = self.dist.local_batch_slice(self.settings.batch_size)

@@ -18,7 +18,7 @@ from nanogpt.training.state import TrainState
 SAVE_INTERVAL = 300.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Checkpointer:
     """Writes the training state and the model file of a run.
 
@@ -31,8 +31,8 @@ class Checkpointer:
     optimizer: Optimizer
     tokenizer: Tokenizer
     dist: DistContext
-    last_save_time: float = field(default_factory=time.monotonic)
-    pending_save: tuple[int, Future[None]] | None = None
+    last_save_time: float = field(init=False, default_factory=time.monotonic)
+    pending_save: tuple[int, Future[None]] | None = field(init=False, default=None)
 
     def is_due(self) -> bool:
         """Return whether the last save is longer ago than `SAVE_INTERVAL`."""

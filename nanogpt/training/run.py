@@ -103,9 +103,12 @@ def run_training(
         is_fsdp = context.world_size > 1 and shared.config.device.parallel == "fsdp"
         context = replace(context, is_fsdp=is_fsdp)
         model, optimizer, state = _load_training_state(run, request, plan, shared, context, stack)
+        train_start = None
         if plan:
             plan = replace(plan, init_checkpoint=None)  # frees its memory
             write_run_metadata(run, shared.config, shared.prepared, context.run_id)
+            # Peak FLOP/s may be measured here: until signals are caught, Ctrl-C ends it at once.
+            train_start = _train_start(run, plan, state.step, model, context)
         listeners = [partial(log_event, RunFolder(run)), *listeners] if plan else []
 
         def emit(event: Event) -> None:
@@ -121,8 +124,8 @@ def run_training(
         )
         settings = shared.config.training
         trainer = Trainer(model, optimizer, shared.prepared, settings, state, run_context)
-        if plan:
-            emit(_train_start(run, plan, state.step, model, context))
+        if train_start:
+            emit(train_start)
         event: Event | None = None
         for event in trainer.train():
             emit(event)
@@ -286,11 +289,15 @@ def load_final_model(
         metadata = context.run_on_main(lambda: checkpoint.read_metadata(run)[0])
         summary = context.broadcast_object(metadata)
         return checkpoint.LoadedModel(model.eval(), tokenizer, summary)
-    device = shared.machine.device
-    if context.world_size == 1:
-        return checkpoint.load(run, device)
-    final_model = checkpoint.build_uninitialized(model.config, model.vocab_size, device)
-    summary = checkpoint.load_best_weights(run, final_model, context)
+    machine = shared.machine
+    loaded = context.run_on_main(lambda: checkpoint.load(run, machine.device))
+    best = loaded.model if loaded else None
+    final_model = best or checkpoint.build_uninitialized(
+        model.config, model.vocab_size, machine.device
+    )
+    checkpoint.load_weights(final_model, best, context)
+    final_model.normalize_embedding = False  # The rows in the file are normalized.
+    summary = context.broadcast_object(loaded and loaded.summary)
     return checkpoint.LoadedModel(final_model.eval(), tokenizer, summary)
 
 

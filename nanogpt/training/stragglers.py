@@ -14,7 +14,7 @@ from nanogpt.errors import Notice
 STRAGGLER_RATIO = 1.5
 
 
-@dataclass
+@dataclass(eq=False)
 class StragglerDetector:
     """Measures the compute time of this rank and compares it with that of the others.
 
@@ -27,9 +27,9 @@ class StragglerDetector:
     machine: Machine
     dist: DistContext
     log_path: Path
-    compute_events: list[Any] = field(default_factory=list)
-    compute_seconds: float = 0.0
-    compute_steps: int = 0
+    compute_events: list[Any] = field(init=False, default_factory=list)
+    compute_seconds: float = field(init=False, default=0.0)
+    compute_steps: int = field(init=False, default=0)
 
     def record_start(self) -> None:
         """Mark the start of a step on the device."""
