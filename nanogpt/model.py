@@ -397,7 +397,7 @@ class GPT(nn.Module):
         if T <= ATTN_CHUNK_SIZE and (has_ragged_rows or attn.needs_mask(T, S, dropout_seeds)):
             mask = ops.causal_mask(positions, S, attn.window).unsqueeze(1)  # (B or 1, 1, T, S)
 
-        # Three seeds per block and three for the embedding, of which `gpt2` uses one.
+        # Three seeds per block and three for the embedding; `gpt2` uses one of the latter.
         num_groups = len(self.blocks) + 1
         seeds: Tensor | list[tuple[None, None, None]] = [(None, None, None)] * num_groups
         if dropout_seeds is not None:

@@ -287,6 +287,7 @@ def test_embedding_equals_the_principal_components(make_model, byte, machine, sh
     np.testing.assert_allclose(np.abs(coords), np.abs(u[:, :2] * s[:2]), atol=1e-4)
     ratio = tuple(s[:2] ** 2 / (s**2).sum())
     assert result.explained_variance_ratio == pytest.approx(ratio, rel=1e-5)
+    assert result.asdict()["explained_variance_ratio"] == list(result.explained_variance_ratio)
     assert (coords[np.abs(coords).argmax(axis=0), [0, 1]] > 0).all()
 
 

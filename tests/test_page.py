@@ -624,8 +624,18 @@ def test_dashboard_inspect_errors_have_messages(site):
         status, _, body = ask(
             site, "POST", path, json.dumps(question), Content_Type="application/json"
         )
-        assert status in (400, 404)
-        assert said in json.loads(body)["error"]["message"]
+        error = json.loads(body)["error"]
+        assert (status, error["code"] == "model_not_found") in ((400, False), (404, True))
+        assert said in error["message"]
+    # Numbers are converted; null is no text.
+    for question, expected in (
+        ({"model": "sea", "text": "a", "layer": "1"}, 200),
+        ({"model": "sea", "text": None}, 400),
+    ):
+        body = json.dumps(question)
+        path = "/page/inspect/neurons"
+        status = ask(site, "POST", path, body, Content_Type="application/json")[0]
+        assert status == expected
 
 
 def test_run_reader_returns_new_lines_only(tmp_path, monkeypatch):

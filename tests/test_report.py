@@ -19,7 +19,7 @@ from nanogpt.errors import Notice
 from nanogpt.render import report
 from nanogpt.render.charts import MAX_POINTS, Axis, Chart, Curve, downsample, format_tick
 from nanogpt.render.report import write_report
-from nanogpt.run_folder import read_jsonl
+from nanogpt.run_folder import read_jsonl, read_last_records
 
 HOSTILE = '<img src=x onerror="alert(1)"> & \'"'
 SCRIPT = "</pre></script><script>alert(2)</script>\x00\x1b[2J\ud800 end"
@@ -289,6 +289,13 @@ def test_report_of_a_long_run_is_small(tmp_path):
 def test_read_jsonl_stops_at_a_damaged_line(tmp_path):
     (tmp_path / "samples.jsonl").write_text('{"step": 1, "text": "a\u2028b"}\n{"step": 2, "te')
     assert read_jsonl(tmp_path / "samples.jsonl") == [{"step": 1, "text": "a\u2028b"}]
+
+
+def test_read_jsonl_keeps_empty_records_and_undecodable_bytes(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(b'{}\n{"step": 1, "text": "\xff"}\n{"step": 2}\n')
+    assert read_jsonl(path) == [{}, {"step": 1, "text": "\ufffd"}, {"step": 2}]
+    assert read_last_records(path, 1000) == [{"step": 2}]
 
 
 def test_downsample_keeps_means_and_extremes():

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The command line: commands, their arguments and the interactive mode."""

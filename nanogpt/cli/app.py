@@ -435,6 +435,7 @@ def bench(*, as_json: JsonFlag = False, settings: Settings = Config()) -> None:
             flush=True,
         )
     speed = bench(flatten(settings, explicit=True))
+    args.restore_sigpipe()
     if as_json:
         print(json.dumps(asdict(speed)))
     else:

@@ -34,6 +34,8 @@ SIGNATURES = {
     b"{\\rtf": ("an RTF document", CONVERT),
     b"\xd0\xcf\x11\xe0": ("an old Word or Excel document", CONVERT),
     b"PK\x03\x04": ("a ZIP archive (DOCX, ODT, EPUB and XLSX are such archives too)", EXTRACT),
+    b"PK\x05\x06": ("an empty ZIP archive", EXTRACT),
+    b"PK\x07\x08": ("a part of a ZIP archive", EXTRACT),
     b"7z\xbc\xaf": ("a 7-Zip archive", EXTRACT),
     b"Rar!": ("a RAR archive", EXTRACT),
     b"\x1f\x8b": ("a gzip archive", DECOMPRESS),

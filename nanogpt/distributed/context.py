@@ -210,7 +210,7 @@ class DistContext:
 
     @staticmethod
     def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
-        """Return True if a tensor is a DTensor, of which this process holds a part."""
+        """Return True if a tensor is a DTensor: this process holds a part of it."""
         return hasattr(tensor, "full_tensor")
 
     @contextmanager

@@ -3,6 +3,7 @@
 import math
 import os
 import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -50,7 +51,8 @@ class Terminal:
     """
 
     def __init__(self, file: TextIO | None = None):
-        self.console = PlainConsole(file)
+        # Not looked up at each write: a tracker may redirect standard output meanwhile.
+        self.console = PlainConsole(file or sys.stdout)
         bar = [BarColumn(bar_width=20)] if self.console.width >= 110 else []
         self.progress_bar = Progress(
             *bar,

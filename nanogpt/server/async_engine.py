@@ -56,11 +56,10 @@ class GenerationJob:
         self.submitted_at = time.monotonic()
         # The time of the first output.
         self.started_at: float | None = None
-        # Used by the engine's thread only.
-        self.first_token_sent = False
         self.unfinished = num_sequences
         self.streamed = streamed
         self.num_tokens = 0
+        self.first_token_sent = False  # used by the engine's thread only
         self._engine = engine
         self._event = asyncio.Event()
         self._error: Exception | None = None

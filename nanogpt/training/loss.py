@@ -51,7 +51,7 @@ class TrainLoss:
             batch_size: Sequences per step, a part of the key under which results are cached.
         """
         start = time.perf_counter()
-        failure = ""
+        failure: str | None = None
         try:
             dry_run()
         except Exception as error:  # torch.compile raises errors of many classes
@@ -59,9 +59,10 @@ class TrainLoss:
                 raise
             failure = str(error)
         seconds = time.perf_counter() - start
-        (any_failed,) = self.dist.any_rank(failure != "")
+        (any_failed,) = self.dist.any_rank(failure is not None)
         if any_failed:
-            reason = " ".join(failure.split("\n")[:2]).strip()[:200] or "on another rank"
+            first_lines = ["on another rank"] if failure is None else failure.split("\n")[:2]
+            reason = " ".join(first_lines).strip()[:200] or "no reason given"
             message = f"torch.compile failed; training continues without it, slower ({reason})."
             warnings.warn(message, Notice, stacklevel=2)
             self.model.zero_grad(set_to_none=True)
