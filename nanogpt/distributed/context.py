@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,6 @@ from torch import Tensor
 
 from nanogpt.distributed.command import format_ranks, torchrun_command
 from nanogpt.errors import UserError
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 # Rank 0 may prepare a large corpus while the others wait in a collective. A process that dies is
 # noticed at once, whatever the timeout.
@@ -209,7 +206,7 @@ class DistContext:
         return _side_groups[dist.group.WORLD]
 
     @staticmethod
-    def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    def is_sharded(tensor: Tensor) -> TypeGuard[Any]:
         """Return True if a tensor is a DTensor: this process holds a part of it."""
         return hasattr(tensor, "full_tensor")
 
